@@ -1,0 +1,1 @@
+"""The generator service: question encoder, contexts, RAG heads, and the HTTP front door."""

@@ -1,0 +1,1 @@
+"""The two services put to use: command line, supervisor, client, demo, training."""

@@ -1,0 +1,1 @@
+"""Training of a DPR pair and a BART reader from nothing, on a CPU."""
