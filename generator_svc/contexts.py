@@ -1,4 +1,4 @@
-"""The text that the generator reads: a passage followed by the question, in the form published checkpoints saw."""
+"""The text that the generator reads: a passage, then the question in the form published checkpoints saw."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,11 +18,12 @@ _CLEAN_UP = (
 
 
 def question_form(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The question as the generator knows it: decoded from the question encoder's token ids, then cleaned up.
+    """The question as the generator knows it: decoded from the question encoder's ids, then cleaned up.
 
-    transformers' retriever receives token ids only and decodes them, so an uncased encoder hands the generator a
-    lower-cased question: "How many people live in Paris?" becomes "how many people live in paris?". Version 5 dropped
-    the clean-up ("paris ?"), which the checkpoints never saw; it is done here whatever the tokenizer's settings.
+    transformers' retriever receives token ids only and decodes them, so an uncased encoder hands the
+    generator a lower-cased question: "How many people live in Paris?" becomes "how many people live in
+    paris?". Version 5 dropped the clean-up ("paris ?"), which the checkpoints never saw; it is done here
+    whatever the tokenizer's settings.
 
     Source: `RagRetriever.__call__` of transformers 4 and 5 (`models/rag/retrieval_rag.py`).
     """
@@ -38,8 +39,8 @@ def context_text(
 ) -> str:
     """``prefix + title + title_sep + text + doc_sep + question``, exactly as transformers joins them.
 
-    One leading and one trailing double quote of the title are dropped (DPR's Wikipedia dump quotes its titles), and
-    double spaces are collapsed once. `question` is expected in `question_form`.
+    One leading and one trailing double quote of the title are dropped (DPR's Wikipedia dump quotes its
+    titles), and double spaces are collapsed once. `question` is expected in `question_form`.
 
     Source: `RagRetriever.postprocess_docs` of transformers (`models/rag/retrieval_rag.py`).
     """
