@@ -1,0 +1,275 @@
+"""Every request and response of both services, as JSON.
+
+Shapes: B queries or questions, N documents, D dimension of the embedding space. Unknown fields are refused, so that
+an option is either honoured or named in a 422, never ignored. Upper bounds that depend on the machine are settings
+of the service; here stand only the bounds that hold everywhere.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+INT64_MAX = 2**63 - 1
+
+Question = Annotated[str, StringConstraints(min_length=1, max_length=8192, pattern=r"\S")]
+CollectionName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Strategy = Literal["token", "sequence"]
+
+
+class Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Request(Wire):
+    timeout_ms: int | None = Field(
+        default=None, ge=1, le=600_000, description="Deadline of the whole request, both services included."
+    )
+
+
+# --- retriever ---------------------------------------------------------------------------------------------
+
+
+class EncodedArray(Wire):
+    """An array as base64 of its little-endian bytes in C order."""
+
+    data: str = Field(description="base64")
+    dtype: Literal["float16", "float32", "float64"] = "float32"
+    shape: list[int] = Field(min_length=1, max_length=3)
+
+
+class Passage(Wire):
+    id: int = Field(ge=0, le=INT64_MAX)
+    title: str
+    text: str
+
+
+class IndexInfo(Wire):
+    """Which index answered."""
+
+    collection: str
+    generation: str = Field(description="Name of the generation: one build of index and passages.")
+    encoder: str = Field(description="Fingerprint of the question encoder whose space the embeddings live in.")
+
+
+class RetrieveRequest(Request):
+    vectors: list[list[float]] | EncodedArray = Field(description="Query vectors, (B, D).")
+    n_docs: int = Field(default=5, ge=1, description="Documents per query; fewer come back where there are fewer.")
+    collection: CollectionName = "default"
+    return_embeds: bool = True
+    return_passages: bool = True
+
+
+class RetrieveResponse(Wire):
+    """Documents of each query, best first. Lists are as long as ``n_found`` says, never padded."""
+
+    doc_ids: list[list[int]]
+    doc_scores: list[list[float]] = Field(description="Inner products of query and document embedding.")
+    retrieved_doc_embeds: list[list[list[float]]] | list[EncodedArray] | None = Field(
+        default=None,
+        description="(B, N, D): nested lists; with `Accept: application/json;vectors=base64` one array a query.",
+    )
+    docs: list[list[Passage]] | None = None
+    n_found: list[int]
+    index: IndexInfo
+    timings_ms: dict[str, float]
+
+
+class CollectionInfo(Wire):
+    name: str
+    generation: str
+    encoder: str
+    kind: str
+    metric: Literal["inner_product"]
+    dimension: int
+    count: int
+    dtype: Literal["float16", "float32"] = Field(description="Storage of the embeddings.")
+    device: str
+    created_at: str
+
+
+class CollectionList(Wire):
+    collections: list[CollectionInfo]
+
+
+# --- generator ---------------------------------------------------------------------------------------------
+
+
+class OwnPassage(Wire):
+    """A passage that the caller brings; ``score`` stands for the inner product that retrieval would give."""
+
+    id: int | None = Field(default=None, ge=0, le=INT64_MAX)
+    title: str = ""
+    text: str
+    score: float = 0.0
+
+
+class Asked(Request):
+    question: Question | Annotated[list[Question], Field(min_length=1)]
+
+    @property
+    def questions(self) -> list[str]:
+        return [self.question] if isinstance(self.question, str) else list(self.question)
+
+
+class AnswerRequest(Asked):
+    """Generation options are named as in transformers; ``null``: as the checkpoint has it."""
+
+    strategy: Strategy | None = Field(default=None, description="Head that marginalises: RAG-Token or RAG-Sequence.")
+    n_docs: int | None = Field(default=None, ge=1)
+    num_beams: int = Field(default=1, ge=1)
+    num_return_sequences: int = Field(default=1, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
+    min_new_tokens: int = Field(default=0, ge=0)
+    length_penalty: float = Field(default=1.0, ge=-10, le=10)
+    no_repeat_ngram_size: int = Field(default=0, ge=0)
+    do_sample: bool = False
+    temperature: float = Field(default=1.0, gt=0, le=100)
+    top_k: int = Field(default=0, ge=0, description="0: no limit.")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int | None = Field(default=None, ge=0, le=INT64_MAX, description="Makes sampling repeatable.")
+    deduplicate: bool = Field(default=True, description="RAG-Sequence: score equal candidates once.")
+    collection: CollectionName = "default"
+    provenance: Literal["none", "answer"] = Field(
+        default="answer", description="`answer`: give the posterior of every document given each answer."
+    )
+    passages: list[OwnPassage] | None = Field(
+        default=None, min_length=1, description="Answer from these instead of retrieving."
+    )
+    min_probability: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Answers less probable than this are withheld: the service does not know.",
+    )
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> Self:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError("min_new_tokens is above max_new_tokens")
+        if not self.do_sample:
+            for name, neutral in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("seed", None)):
+                if getattr(self, name) != neutral:
+                    raise ValueError(f"{name} has an effect only with do_sample=true")
+            if self.num_return_sequences > self.num_beams:
+                raise ValueError("num_return_sequences is above num_beams; raise num_beams or set do_sample=true")
+        elif self.num_beams > 1:
+            raise ValueError("do_sample=true goes with num_beams=1")
+        return self
+
+
+class Document(Wire):
+    """A passage as evidence. ``prior`` is p(z|x), the softmax of the scores over the question's documents."""
+
+    id: int | None
+    title: str
+    text: str
+    score: float
+    prior: float
+    truncated: bool = Field(default=False, description="The passage was cut so that the question fits.")
+
+
+class Answer(Wire):
+    text: str
+    log_prob: float = Field(description="log p(y|x), marginalised over the documents as the head defines it.")
+    probability: float
+    doc_posterior: list[float] | None = Field(
+        default=None, description="p(z|x,y) of each document, in the order of `documents`; sums to 1."
+    )
+
+
+class QuestionResult(Wire):
+    question: str
+    answers: list[Answer]
+    abstained: bool = Field(description="Every answer was less probable than `min_probability`: I do not know.")
+    documents: list[Document]
+
+
+class AnswerResponse(Wire):
+    model: str
+    strategy: Strategy
+    results: list[QuestionResult]
+    index: IndexInfo | None = Field(description="None where the caller brought the passages.")
+    timings_ms: dict[str, float]
+
+
+class ScoreRequest(Asked):
+    """One question with its answers, or as many lists of answers as questions."""
+
+    answers: (
+        Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[Annotated[list[str], Field(min_length=1)]], Field(min_length=1)]
+    )
+    strategy: Strategy | None = None
+    n_docs: int | None = Field(default=None, ge=1)
+    collection: CollectionName = "default"
+    passages: list[OwnPassage] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_list_a_question(self) -> Self:
+        if isinstance(self.question, str):
+            if not all(isinstance(a, str) for a in self.answers):
+                raise ValueError("answers of a single question must be a list of strings")
+        elif len(self.answers) != len(self.question) or any(isinstance(a, str) for a in self.answers):
+            raise ValueError("answers must hold one list of strings for each question")
+        return self
+
+    @property
+    def answers_by_question(self) -> list[list[str]]:
+        given: list[Any] = self.answers
+        return [given] if isinstance(self.question, str) else given
+
+
+class ScoreResponse(Wire):
+    """As :class:`AnswerResponse`, the answers in the order they were given."""
+
+    model: str
+    strategy: Strategy
+    results: list[QuestionResult]
+    index: IndexInfo | None
+    timings_ms: dict[str, float]
+
+
+class EncodeRequest(Asked):
+    pass
+
+
+class EncodeResponse(Wire):
+    model: str
+    encoder: str = Field(description="Fingerprint; an index made for another encoder is refused.")
+    dimension: int
+    vectors: list[list[float]] | EncodedArray = Field(description="(B, D)")
+    timings_ms: dict[str, float]
+
+
+class SearchRequest(Asked):
+    n_docs: int | None = Field(default=None, ge=1)
+    collection: CollectionName = "default"
+
+
+class SearchResult(Wire):
+    question: str
+    documents: list[Document]
+
+
+class SearchResponse(Wire):
+    results: list[SearchResult]
+    index: IndexInfo
+    timings_ms: dict[str, float]
+
+
+# --- both --------------------------------------------------------------------------------------------------
+
+
+class Health(Wire):
+    status: Literal["ok", "unavailable"]
+    reasons: list[str] = Field(default_factory=list, description="Why not, one line a cause.")
+
+
+class ServiceInfo(Wire):
+    service: Literal["retriever", "generator"]
+    version: str
+    versions: dict[str, str] = Field(description="Of the libraries that decide results.")
+    device: str
+    limits: dict[str, int | float]
+    model: dict[str, Any] | None = None
+    collections: list[CollectionInfo] | None = None
