@@ -1,0 +1,69 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev run test test-fast check lint docs demo-model bench gpu-check clean browser
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet -c constraints.txt
+# on a GPU machine the interpreter that has CUDA torch may be the system's: make gpu-check GPU_PYTHON=python3
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+help:  ## show this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.setup  ## install both services into .venv (CPU)
+
+setup-dev: $(VENV)/.setup-dev
+
+$(VENV)/.setup: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the services into $(VENV), a few minutes the first time …"
+	@$(PIP) -e '.[retriever,generator]'
+	@touch $@
+
+$(VENV)/.setup-dev: $(VENV)/.setup
+	@echo "installing the development tools into $(VENV) …"
+	@$(PIP) -e '.[retriever,generator,demo,dev]'
+	@touch $@
+
+run: setup  ## start both services and print the address of the page
+	@$(BIN)/rag up
+
+test: setup-dev browser  ## set everything up and run all tests, with coverage
+	@$(BIN)/python -m pytest --cov --cov-report=term
+
+test-fast: setup-dev
+	@$(BIN)/python -m pytest -q -m 'not slow and not browser and not gpu'
+
+check: lint test-fast  ## lint, format, types, import rules, fast tests: what to run before a commit
+
+lint: setup-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+docs: setup-dev  ## build the API reference and both OpenAPI files into build/docs
+	@$(BIN)/python -m services.docs build/docs
+
+demo-model: setup-dev  ## train the demo's checkpoint from nothing (up to 90 minutes on 2 cores; resumes)
+	@$(BIN)/rag demo train
+
+bench: setup-dev  ## compare the services with transformers' own RAG, on the demo
+	@$(BIN)/python -m benchmarks.answer
+
+gpu-check:  ## everything that runs on CUDA against the CPU; says so where there is no CUDA
+	@mkdir -p build benchmarks/results
+	@$(GPU_PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu
+
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "installing chromium for the browser tests …"; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	  else echo "no chromium here: the browser tests will be skipped"; fi; }
+
+clean:  ## remove the virtual environment, caches and the data folder
+	rm -rf $(VENV) build dist data .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
