@@ -1,0 +1,236 @@
+"""Endless invented entities in the corpus's wording.
+
+A model that has seen a name or a value only once learns to remember it; one that meets a new one in every example
+learns to copy it from the passage. Names come from Markov chains over real names and, for a third, from the
+vocabularies of the two tokenizers, so that every token has been part of some name.
+"""
+
+import random
+import re
+import string
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from services.demo.corpus import MAX_FACTS, passage_groups, render_passage
+from services.demo.facts import KINDS, Entity, Kind
+from services.demo.questions import ask, spoken_name
+from services.demo.sources.values import listing
+from services.demo.wording import WORDINGS
+
+KIND_WEIGHTS: dict[Kind, float] = {"city": 0.4, "country": 0.35, "element": 0.14, "airport": 0.11}
+TOKEN_NAME_RATE = 0.35
+KEEP_REAL_RATE = 0.35  # of values that are names: the real ones are met again in the corpus
+MAX_NAME = 24  # characters
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question with its answer and a passage that states it among `facts`."""
+
+    question: str
+    answer: str
+    title: str
+    text: str
+    kind: Kind
+    fact: str
+    entity: str
+    facts: tuple[str, ...]
+
+
+class MarkovNames:
+    """Letter chains of a given order, learnt from real names."""
+
+    def __init__(self, names: Sequence[str], order: int) -> None:
+        """Count which letter follows each run of `order` letters."""
+        self._order = order
+        self._next: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            padded = "^" * order + name + "$"
+            for i in range(len(name) + 1):
+                self._next[padded[i : i + order]].append(padded[i + order])
+
+    def sample(self, rng: random.Random) -> str:
+        """A new name of 3 to 24 characters, without a comma."""
+        while True:
+            state, name = "^" * self._order, ""
+            while (char := rng.choice(self._next[state])) != "$" and len(name) <= MAX_NAME:
+                name += char
+                state = (state + char)[-self._order :]
+            if 3 <= len(name) <= MAX_NAME and "," not in name:
+                return name[0].upper() + name[1:]
+
+
+class ExampleStream:
+    """Draws synthetic entities and examples; learns only from entities of the training split."""
+
+    def __init__(self, entities: Sequence[Entity], words: Sequence[str] = (), pieces: Sequence[str] = ()) -> None:
+        """Take names and values from `entities`; `words` and `pieces` are items of the tokenizers' vocabularies."""
+        train = [entity for entity in entities if entity.split == "train"]
+        cities = [entity.name for entity in train if entity.kind == "city"]
+        self._chains = {order: MarkovNames(cities, order) for order in (2, 3)}
+        self._values: dict[tuple[Kind, str], list[str]] = defaultdict(list)
+        for entity in train:
+            for fact, value in entity.facts.items():
+                self._values[entity.kind, fact].append(value)
+        self._rate = {
+            (kind, fact): len(values) / sum(entity.kind == kind for entity in train)
+            for (kind, fact), values in self._values.items()
+        }
+        self._countries = [entity.name for entity in train if entity.kind == "country"]
+        self._words, self._pieces = tuple(words), tuple(pieces)
+
+    def entity(self, rng: random.Random, kind: Kind | None = None) -> Entity:
+        """An invented entity with the facts that its kind may have."""
+        kind = kind or rng.choices(KINDS, [KIND_WEIGHTS[k] for k in KINDS])[0]
+        facts: dict[str, str] = {}
+        while not facts:
+            for fact in WORDINGS[kind]:
+                rate = self._rate.get((kind, fact), 0.0)
+                if rng.random() < min(0.9, max(0.15, rate)):
+                    facts[fact] = self._value(rng, kind, fact)
+        return Entity(kind, self._name_of(rng, kind), "train", facts)
+
+    def name(self, rng: random.Random) -> str:
+        """An invented name."""
+        draw = rng.random()
+        if self._words and draw < TOKEN_NAME_RATE:
+            return self._name_of_tokens(rng)
+        if draw < 0.85:
+            name = self._chains[3 if rng.random() < 0.6 else 2].sample(rng)
+        else:
+            syllables = (rng.choice("bcdfghjklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 4)))
+            name = "".join(syllables).capitalize() + rng.choice(("", "n", "s", "ka", "grad", "ville", "berg", "ton"))
+        if rng.random() < 0.08:
+            name = rng.choice(("San", "New", "Port", "Santa", "Al", "Saint", "Fort", "North", "Upper")) + f" {name}"
+        return name
+
+    def mutate_name(self, rng: random.Random, name: str) -> str:
+        """A name that is easily taken for `name`: one word, the ending or the beginning is another."""
+        words, draw = name.split(" "), rng.random()
+        if len(words) > 1 and draw < 0.4:
+            words[rng.randrange(len(words))] = self.name(rng).split(" ")[0]
+            return " ".join(words)
+        half = len(name) // 2
+        if draw < 0.7:
+            return name[: max(2, half)] + self.name(rng).lower()[-rng.randint(2, 5) :]
+        return self.name(rng)[: rng.randint(2, 5)] + name[max(1, half) :].lower()
+
+    def example(self, rng: random.Random, entity: Entity, max_facts: int = MAX_FACTS) -> Example:
+        """A question about one of the entity's facts, with a freshly worded passage that states it."""
+        title, facts = rng.choice(passage_groups(entity))
+        fact = "neighbours" if "neighbours" in facts and rng.random() < 0.35 else rng.choice(facts)
+        text, stated = render_passage(rng, entity, title, facts, max_facts, fact)
+        question = ask(rng, entity.kind, fact, spoken_name(rng, entity, fact))
+        assert question is not None  # only held-out wordings can be missing
+        return Example(question, entity.facts[fact], title, text, entity.kind, fact, entity.name, stated)
+
+    def _name_of(self, rng: random.Random, kind: Kind) -> str:
+        name = self.name(rng)
+        if kind == "airport":
+            if rng.random() < 0.5:
+                name = f"{name} {self.name(rng)}"
+            return name + (" International Airport" if rng.random() < 0.8 else " Airport")
+        if kind == "element" and rng.random() < 0.6:
+            return name + "ium"
+        return name
+
+    def _name_of_tokens(self, rng: random.Random) -> str:
+        name = rng.choice(self._words)
+        name, draw = name[0].upper() + name[1:], rng.random()
+        if self._pieces and draw < 0.25:
+            return name + rng.choice(self._pieces)
+        if draw < 0.45:
+            word = rng.choice(self._words)
+            return f"{name} {word[0].upper()}{word[1:]}"
+        return name
+
+    def _value(self, rng: random.Random, kind: Kind, fact: str) -> str:
+        """A random value of the form that the fact's real values have."""
+        real = rng.choice(self._values[kind, fact])
+        if fact in NAMED and rng.random() >= KEEP_REAL_RATE:
+            return NAMED[fact](self, rng)
+        if fact in RANDOM:
+            return RANDOM[fact](rng, real)
+        return real
+
+    def _listing(self, rng: random.Random) -> str:
+        names = [
+            rng.choice(self._countries) if rng.random() < 0.6 else self.name(rng) for _ in range(rng.randint(1, 6))
+        ]
+        return listing(names)
+
+
+def _count(rng: random.Random, real: str) -> str:
+    digits = rng.choice((3, 4, 5, 6, 7, 8))
+    number = f"{rng.randint(10 ** (digits - 1), 10**digits - 1):,}"
+    return re.sub(r"^[\d,]+", number, real)
+
+
+def _amount(rng: random.Random, real: str) -> str:
+    number = f"{rng.uniform(0.1, 10 ** rng.randint(1, 4)):,.{rng.randint(0, 4)}f}"
+    return re.sub(r"^-?[\d.,]+", ("-" if real.startswith("-") else "") + number, real)
+
+
+def _digits(rng: random.Random, real: str) -> str:
+    return re.sub(r"\d", lambda _: rng.choice(string.digits), real)
+
+
+def _letters(rng: random.Random, real: str) -> str:
+    drawn = re.sub("[A-Z]", lambda _: rng.choice(string.ascii_uppercase), real)
+    return re.sub("[a-z]", lambda _: rng.choice(string.ascii_lowercase), drawn)
+
+
+def _small(rng: random.Random, _real: str) -> str:
+    return str(rng.randint(1, 150))
+
+
+RANDOM: dict[str, Callable[[random.Random, str], str]] = {
+    **dict.fromkeys(
+        (
+            "population",
+            "area",
+            "density",
+            "capital_population",
+            "largest_city_population",
+            "second_city_population",
+            "elevation",
+        ),
+        _count,
+    ),
+    **dict.fromkeys(("mass", "melting_point", "boiling_point", "electronegativity"), _amount),
+    **dict.fromkeys(("coordinates", "capital_coordinates", "calling_code", "iso_number", "discovery_year"), _digits),
+    **dict.fromkeys(("iata", "icao", "iso2", "iso3", "currency_code", "tld", "symbol"), _letters),
+    **dict.fromkeys(("number", "neighbour_count", "period", "group"), _small),
+}
+
+_MONEY = ("Dollar", "Franc", "Peso", "Dinar", "Rupee", "Krona", "Pound")
+_ZONES = ("Europe", "Asia", "Africa", "America", "Pacific", "Australia")
+
+
+def _name(stream: ExampleStream, rng: random.Random) -> str:
+    return stream.name(rng)
+
+
+NAMED: dict[str, Callable[[ExampleStream, random.Random], str]] = {
+    **dict.fromkeys(
+        (
+            "capital",
+            "largest_city",
+            "second_city",
+            "city",
+            "country",
+            "capital_of",
+            "state",
+            "demonym",
+            "language",
+            "discovery_place",
+        ),
+        _name,
+    ),
+    "discoverer": lambda stream, rng: f"{stream.name(rng)} {stream.name(rng)}",
+    "timezone": lambda stream, rng: f"{rng.choice(_ZONES)}/{stream.name(rng)}",
+    "capital_timezone": lambda stream, rng: f"{rng.choice(_ZONES)}/{stream.name(rng)}",
+    "currency": lambda stream, rng: f"{stream.name(rng)} {rng.choice(_MONEY)}",
+    "neighbours": lambda stream, rng: stream._listing(rng),
+}
