@@ -1,0 +1,141 @@
+// The page's state: one question at a time, which can be stopped; the options; the address, which holds the question.
+
+import { ask, info, readiness } from "./api.js";
+import { renderError, renderResult } from "./view.js";
+
+const EXAMPLES = ["How many people live in Paris?", "What is the capital of Kenya?", "What is the symbol of gold?", "Which language is spoken in Brazil?", "How many people live in Atlantis?"];
+const POLL_MS = 5000;
+
+const find = (id) => document.getElementById(id);
+const form = find("form");
+const { question, strategy, n_docs, num_beams, num_return_sequences, min_probability, api_key } = form.elements;
+let running = null; // AbortController of the request in flight
+
+function requestBody() {
+  const body = { question: question.value, num_beams: Number(num_beams.value) || 1 };
+  const answers = Number(num_return_sequences.value) || 1;
+  if (answers > 1) body.num_return_sequences = answers;
+  if (strategy.value) body.strategy = strategy.value;
+  if (n_docs.value) body.n_docs = Number(n_docs.value);
+  if (Number(min_probability.value) > 0) body.min_probability = Number(min_probability.value);
+  return body;
+}
+
+function asCurl(body) {
+  const url = new URL("v1/answer", location.href).href;
+  const json = JSON.stringify(body).replaceAll("'", "'\\''");
+  const key = api_key.value ? ' -H "Authorization: Bearer $RAG_API_KEY"' : "";
+  return `curl ${url} -H 'Content-Type: application/json'${key} -d '${json}'`;
+}
+
+function setBusy(busy) {
+  find("busy").hidden = !busy;
+  find("submit").textContent = busy ? "Stop" : "Ask";
+  find("result").setAttribute("aria-busy", String(busy));
+}
+
+async function submit() {
+  if (!question.value.trim()) {
+    question.focus();
+    return;
+  }
+  const body = requestBody();
+  const controller = (running = new AbortController());
+  const began = performance.now();
+  find("error").replaceChildren();
+  setBusy(true);
+  history.replaceState(null, "", `?q=${encodeURIComponent(body.question)}`);
+  try {
+    const response = await ask(body, api_key.value, controller.signal);
+    const context = { curl: asCurl(body), elapsed: performance.now() - began, threshold: body.min_probability ?? 0 };
+    find("result").replaceChildren(renderResult(response, context));
+  } catch (error) {
+    find("result").replaceChildren();
+    if (error.name !== "AbortError") find("error").replaceChildren(renderError(error, submit));
+    if (error.param && form.elements[error.param] && error.param !== "question") find("options").open = true;
+  } finally {
+    running = null;
+    setBusy(false);
+    showReadiness();
+  }
+}
+
+const stop = () => running?.abort();
+
+async function showReadiness() {
+  const { status, reasons } = await readiness();
+  const pill = find("status");
+  const text = { ok: "ready", unreachable: "not reachable" }[status] ?? "not ready";
+  if (pill.textContent !== text) pill.textContent = text; // not announced again while it stays the same
+  pill.dataset.state = status;
+  pill.title = reasons.join("\n");
+}
+
+// Limits of this service bound the inputs; without them the service itself still refuses what it cannot do.
+async function showInfo() {
+  const about = await info(api_key.value).catch(() => null);
+  if (!about) return;
+  const bounds = { n_docs: about.limits.max_n_docs, num_beams: about.limits.max_num_beams, num_return_sequences: about.limits.max_num_return_sequences };
+  for (const [name, bound] of Object.entries(bounds)) if (bound) form.elements[name].max = bound;
+  find("about").textContent = `generator ${about.version} on ${about.device}`;
+}
+
+function showExamples() {
+  const items = EXAMPLES.map((text) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "chip";
+    button.textContent = text;
+    button.addEventListener("click", () => {
+      stop();
+      question.value = text;
+      submit();
+    });
+    const item = document.createElement("li");
+    item.append(button);
+    return item;
+  });
+  find("examples").replaceChildren(...items);
+}
+
+function setUpTheme() {
+  const root = document.documentElement;
+  const stored = sessionStorage.getItem("theme");
+  if (stored) root.dataset.theme = stored;
+  find("theme").addEventListener("click", () => {
+    const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+    root.dataset.theme = dark ? "light" : "dark";
+    sessionStorage.setItem("theme", root.dataset.theme);
+  });
+}
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (running) stop();
+  else submit();
+});
+num_return_sequences.addEventListener("change", () => {
+  num_beams.value = Math.max(Number(num_beams.value) || 1, Number(num_return_sequences.value) || 1);
+});
+min_probability.addEventListener("input", () => {
+  const share = Number(min_probability.value);
+  find("threshold").textContent = share > 0 ? `${Math.round(100 * share)} %` : "off";
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") stop();
+  if (event.key === "/" && !(event.target instanceof HTMLInputElement)) {
+    event.preventDefault();
+    question.select();
+  }
+});
+
+setUpTheme();
+showExamples();
+showReadiness();
+showInfo();
+setInterval(() => document.hidden || showReadiness(), POLL_MS);
+const shared = new URLSearchParams(location.search).get("q");
+if (shared) {
+  question.value = shared;
+  submit();
+}
