@@ -1,0 +1,73 @@
+"""One batch of requests: one search through faiss, one read of passages, and each request gets its own answer.
+
+Runs in the worker thread.
+"""
+
+import itertools
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from retriever_svc.collection import Collection
+from retriever_svc.metrics import RetrieverMetrics
+from retriever_svc.ranking import Ranked
+from shared.retrieval import RetrieveQuery, RetrieveResult
+from shared.schemas import Passage
+
+
+@dataclass(frozen=True)
+class SearchItem:
+    """A request whose query was checked against its collection."""
+
+    query: RetrieveQuery
+    collection: Collection
+
+    @property
+    def size(self) -> int:
+        return len(self.query.vectors)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Items of one key may share a batch."""
+        return self.collection.name, self.collection.generation
+
+
+def search_batch(items: list[SearchItem], metrics: RetrieverMetrics) -> list[RetrieveResult]:
+    """The results of ``items``, all of one collection, in their order."""
+    collection = items[0].collection
+    vectors_BD = np.concatenate([item.query.vectors for item in items])
+    n_docs = [item.query.n_docs for item in items for _ in range(item.size)]
+
+    started = time.perf_counter()
+    ranked = collection.search(vectors_BD, n_docs)
+    searched = time.perf_counter()
+    of_batch = iter(ranked)
+    answers = [list(itertools.islice(of_batch, item.size)) for item in items]
+    wanted = [
+        one.rows for item, answer in zip(items, answers, strict=True) if item.query.return_passages for one in answer
+    ]
+    passages = collection.passages.take(np.concatenate(wanted)) if wanted else {}
+    done = time.perf_counter()
+
+    metrics.queries.labels(collection.name).inc(len(vectors_BD))
+    metrics.batch_vectors.observe(len(vectors_BD))
+    metrics.batch_requests.observe(len(items))
+    metrics.search_seconds.observe(searched - started)
+    metrics.passages_seconds.observe(done - searched)
+    timings_ms = {"search": (searched - started) * 1e3, "passages": (done - searched) * 1e3}
+    return [_result(item, answer, passages, timings_ms) for item, answer in zip(items, answers, strict=True)]
+
+
+def _result(
+    item: SearchItem, ranked: list[Ranked], passages: dict[int, Passage], timings_ms: dict[str, float]
+) -> RetrieveResult:
+    query, collection = item.query, item.collection
+    return RetrieveResult(
+        doc_ids=[collection.passages.ids[one.rows] for one in ranked],
+        doc_scores=[one.scores for one in ranked],
+        doc_embeds=[one.embeddings for one in ranked] if query.return_embeds else None,
+        docs=[[passages[row] for row in one.rows.tolist()] for one in ranked] if query.return_passages else None,
+        index=collection.index_info,
+        timings_ms=timings_ms,
+    )

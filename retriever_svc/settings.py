@@ -1,0 +1,33 @@
+"""Settings of the retriever service: environment variables with the prefix ``RETRIEVER_``."""
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from retriever_svc.index import CUDA_MAX_HITS, Device, GpuStorage
+from shared.settings import ServiceSettings
+
+DEMO_PASSAGES = Path(__file__).parent.parent / "services" / "demo" / "data" / "passages.parquet"
+
+
+class RetrieverSettings(ServiceSettings):
+    model_config = SettingsConfigDict(env_prefix="RETRIEVER_")
+
+    port: int = Field(default=8001, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    data_dir: Path = Field(default=Path("data"), description="Folder that holds the collections.")
+    seed: Path = Field(
+        default=DEMO_PASSAGES,
+        description="Parquet file from which the collection `default` is made where there is none.",
+    )
+    device: Device = Field(default="auto", description="Where faiss searches: auto takes a GPU where it sees one.")
+    gpu_storage: GpuStorage = Field(
+        default="float32", description="Embeddings on the GPU; float16 halves its memory, near the cut it may miss one."
+    )
+    faiss_threads: int = Field(default=0, ge=0, le=1024, description="Threads of a search on the CPU; 0 chooses.")
+    max_batch_size: int = Field(default=128, ge=1, description="Query vectors that share one search.")
+    max_batch_vectors: int = Field(default=1024, ge=1, description="Query vectors of one request.")
+    max_n_docs: int = Field(default=1000, ge=1, le=CUDA_MAX_HITS, description="Documents per query.")
+    max_documents: int = Field(
+        default=50_000, ge=1, description="Documents of one response: query vectors times n_docs."
+    )

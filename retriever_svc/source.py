@@ -1,0 +1,148 @@
+"""Passages with their embeddings on the way into a collection: read as a stream, refused where they are not clean.
+
+A source has the columns ``id`` (integer, unique, not negative), ``title``, ``text`` (string) and ``embedding``
+(fixed_size_list<float16|float32>[D], finite), none of them null, and names the encoder that made the embeddings in
+its schema metadata under ``encoder``.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retriever_svc.generation import file_sha256
+from retriever_svc.passages import EMBEDDING_TYPES, passage_schema
+from shared.errors import InvalidRequest
+from shared.retrieval import Float32Array, Int64Array
+
+COLUMNS = ("id", "title", "text", "embedding")
+BATCH_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Source:
+    """``count`` is the number of rows where it is known before reading; ``sha256`` that of the file, if it is one."""
+
+    schema: pa.Schema
+    batches: Iterable[pa.RecordBatch]
+    encoder: str
+    count: int | None = None
+    sha256: str | None = None
+    attribution: str | None = None
+
+    @property
+    def dimension(self) -> int:
+        return int(self.schema.field("embedding").type.list_size)
+
+    @property
+    def dtype(self) -> str:
+        return str(np.dtype(self.schema.field("embedding").type.value_type.to_pandas_dtype()))
+
+    def clean_batches(self) -> Iterator[pa.RecordBatch]:
+        """The rows in the table's own schema.
+
+        Raises: InvalidRequest: names the column at fault and the row.
+        """
+        schema = passage_schema(self.dimension, self.dtype)
+        row = 0
+        for batch in self.batches:
+            columns = [_clean_column(batch, name, schema.field(name).type, row) for name in COLUMNS]
+            clean = pa.record_batch(columns, schema=schema)
+            _check_values(clean, row)
+            row += len(clean)
+            if len(clean):
+                yield clean
+
+
+def from_stream(reader: pa.RecordBatchReader, encoder: str | None = None) -> Source:
+    """A source from an Arrow stream; ``encoder`` stands in where the schema metadata has none.
+
+    Raises: InvalidRequest: a column is missing or of another type, or the encoder is not named.
+    """
+    schema = reader.schema
+    for name in COLUMNS:
+        if schema.get_all_field_indices(name) != [schema.get_field_index(name)]:
+            raise InvalidRequest(f"the source must have one column `{name}`; it has {schema.names}", param=name)
+    embedding = schema.field("embedding").type
+    if (
+        not pa.types.is_fixed_size_list(embedding)
+        or embedding.value_type not in EMBEDDING_TYPES.values()
+        or embedding.list_size < 1
+    ):
+        raise InvalidRequest(
+            f"`embedding` must be fixed_size_list<float16 or float32>, it is {embedding}", param="embedding"
+        )
+    metadata = schema.metadata or {}
+    named = metadata[b"encoder"].decode() if b"encoder" in metadata else encoder
+    if not named:
+        raise InvalidRequest(
+            "the source does not say which encoder made its embeddings: set `encoder` in its schema metadata",
+            param="encoder",
+        )
+    attribution = metadata.get(b"attribution")
+    return Source(schema, reader, named, attribution=attribution.decode() if attribution else None)
+
+
+def from_parquet(path: Path, encoder: str | None = None) -> Source:
+    """A source from a Parquet file, read in batches.
+
+    Raises: InvalidRequest: not a readable Parquet file, or as :func:`from_stream`.
+    """
+    try:
+        file = pq.ParquetFile(path)
+        count = file.metadata.num_rows
+        reader = pa.RecordBatchReader.from_batches(file.schema_arrow, file.iter_batches(BATCH_ROWS))
+    except (OSError, pa.ArrowException) as error:
+        raise InvalidRequest(f"{path} cannot be read as Parquet: {error}", param="source") from error
+    return replace(from_stream(reader, encoder), count=count, sha256=file_sha256(path))
+
+
+def embeddings_of(batch: pa.RecordBatch) -> Float32Array:
+    """Embeddings of a clean batch: (rows, D)."""
+    column = batch.column("embedding")
+    flat: npt.NDArray[np.floating] = column.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(batch), column.type.list_size).astype(np.float32, copy=False)
+
+
+def first_repeated(ids: Int64Array) -> tuple[int, int, int] | None:
+    """``(id, row, row)`` of an id that stands in two rows."""
+    order = np.argsort(ids, kind="stable")
+    repeats = np.flatnonzero(ids[order[1:]] == ids[order[:-1]])
+    if not len(repeats):
+        return None
+    first, second = order[repeats[0]], order[repeats[0] + 1]
+    return int(ids[first]), int(first), int(second)
+
+
+def _clean_column(batch: pa.RecordBatch, name: str, wanted: pa.DataType, first_row: int) -> pa.Array:
+    column = batch.column(name)
+    if column.null_count:
+        row = first_row + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+        raise InvalidRequest(f"`{name}` is null in row {row}", param=name)
+    if name == "embedding" and column.flatten().null_count:
+        raise InvalidRequest(
+            f"an embedding between rows {first_row} and {first_row + len(batch)} has nulls", param=name
+        )
+    if name == "id" and not pa.types.is_integer(column.type):
+        raise InvalidRequest(f"`id` must be an integer column, it is {column.type}", param=name)
+    try:
+        return column.cast(wanted)
+    except pa.ArrowException as error:
+        raise InvalidRequest(f"`{name}` cannot be read as {wanted}: {error}", param=name) from error
+
+
+def _check_values(batch: pa.RecordBatch, first_row: int) -> None:
+    ids = batch.column("id").to_numpy()
+    if len(ids) and ids.min() < 0:
+        row = int(np.argmax(ids < 0))
+        raise InvalidRequest(f"`id` is {ids[row]} in row {first_row + row}; ids must not be negative", param="id")
+    finite_B = np.isfinite(embeddings_of(batch)).all(axis=1)
+    if not finite_B.all():
+        row = int(np.argmin(finite_B))
+        raise InvalidRequest(
+            f"`embedding` of row {first_row + row} (id {ids[row]}) holds NaN or infinity", param="embedding"
+        )
