@@ -14,13 +14,13 @@ PRONOUN_RATE = 0.6
 THEMES: dict[Kind, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "country": (
         (NAME, ("continent", "capital", "population", "area", "currency", "language", "largest_city")),
-        ("Geography of {n}", ("neighbours", "neighbour_count", "area", "subregion", "continent", "density")),
+        ("Geography of {n}", ("neighbours", "neighbour_count", "area", "subregion", "continent", "population_density")),
         ("Cities of {n}", ("largest_city", "largest_city_population", "second_city", "second_city_population")),
         (
             "Capital of {n}",
             ("capital", "capital_population", "capital_coordinates", "capital_timezone"),
         ),
-        ("People of {n}", ("population", "density", "demonym", "language", "languages")),
+        ("People of {n}", ("population", "population_density", "demonym", "language", "languages")),
         ("Money of {n}", ("currency", "currency_code", "currency_symbol")),
         ("Codes of {n}", ("calling_code", "tld", "iso2", "iso3", "iso_number")),
     ),
@@ -51,10 +51,24 @@ LEADING: dict[Kind, tuple[str, ...]] = {
 }
 
 # Values that take a definite article in a sentence ("a city in the Netherlands").
-COUNTRY_FACTS = frozenset({"country", "capital_of"})
+COUNTRY_FACTS = frozenset({"country", "capital_of", "discovery_place"})
 _ARTICLE_WORDS = frozenset({"Islands", "Republic", "States", "Kingdom", "Emirates", "Territory", "Territories"})
 _ARTICLE_NAMES = frozenset(
-    {"Netherlands", "Philippines", "Bahamas", "Gambia", "Maldives", "Comoros", "Seychelles", "Vatican"}
+    {
+        "USA",
+        "US",
+        "UK",
+        "UAE",
+        "DR Congo",
+        "Netherlands",
+        "Philippines",
+        "Bahamas",
+        "Gambia",
+        "Maldives",
+        "Comoros",
+        "Seychelles",
+        "Vatican",
+    }
 )
 
 
@@ -124,6 +138,13 @@ def with_article(name: str) -> str:
     return f"the {name}" if definite else name
 
 
+def _named(entity: Entity) -> str:
+    """The name as it stands inside a sentence."""
+    if entity.kind == "country":
+        return with_article(entity.name)
+    return entity.name.lower() if entity.kind == "element" else entity.name
+
+
 def _state(rng: random.Random, entity: Entity, fact: str, *, opening: bool) -> str:
     """One sentence that states a fact; the sentence that opens a passage names its subject."""
     statements = WORDINGS[entity.kind][fact].statements
@@ -133,13 +154,15 @@ def _state(rng: random.Random, entity: Entity, fact: str, *, opening: bool) -> s
     value = entity.facts[fact]
     article = "an" if value[0].lower() in "aeiou" else "a"
     value = with_article(value) if fact in COUNTRY_FACTS else value
-    if opening or rng.random() >= PRONOUN_RATE:
-        subject = with_article(entity.name) if entity.kind == "country" else entity.name
+    starts = pattern.startswith(NAME)
+    nouns = [p for p in PRONOUNS[entity.kind] if p.split()[-1].lower() not in pattern.split()]
+    pronouns = nouns if starts else nouns[1:]  # "it" would be clumsy inside a sentence
+    if opening or not pronouns or rng.random() >= PRONOUN_RATE:
+        subject = _named(entity)
     else:
-        starts = pattern.startswith(NAME)
-        subject = rng.choice(PRONOUNS[entity.kind] if starts else PRONOUNS[entity.kind][1:])
-        if subject == "It" and f"{NAME}'s" in pattern:
-            pattern, subject = pattern.replace(f"{NAME}'s", "Its"), "It"
+        subject = rng.choice(pronouns)
+        if subject == "It":
+            pattern = pattern.replace(f"{NAME}'s", "Its")
         if not starts:
             subject = subject.lower()
     sentence = pattern.replace("{a}", article).replace("{v}", value).replace(NAME, subject)

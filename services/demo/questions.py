@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from functools import cache
 
 from services.demo.corpus import Passage, with_article
-from services.demo.facts import KINDS, Entity, Kind, Split, fold
+from services.demo.facts import KINDS, Entity, Kind, Split, fold, unaccented
+from services.demo.names import MarkovNames
 from services.demo.wording import NAME, WORDINGS, Wording
+from services.demo.wording.unanswerable import FICTION, UNKNOWN_FACTS
 
 KIND_WEIGHTS: dict[Kind, float] = {"city": 0.5, "country": 0.33, "element": 0.07, "airport": 0.1}
 
@@ -44,8 +46,38 @@ FRAMES = (
     "What do you know about the {p} of {n}?",
 )
 FRAME_RATE = 0.3
-STOP_WORDS = frozenset("the is of a an in what which does do are that there to on at".split())
+STOP_WORDS = frozenset(
+    ("the", "is", "of", "a", "an", "in", "what", "which", "does", "do", "are", "that", "there", "to", "on", "at")
+)
 POLITE = ("Please tell me: ", "I want to know: ", "Hi, ", "Can you tell me: ", "Hello, ", "Quick question: ", "So, ")
+
+NAME_ENDINGS: dict[Kind, str] = {"element": "ium", "airport": " International Airport"}
+
+# How often a name comes with what it names ("the city of Paris"), a city with its country ("Paris, France").
+NOUN_RATE = 0.05
+COUNTRY_RATE = 0.06
+NOUNS: dict[Kind, str] = {"city": "the city of {n}", "country": "the country {n}", "element": "the element {n}"}
+
+# Other names that people use. Nobody can guess these, so only entities of the training split are asked about by them.
+ALIAS_RATE = 0.25
+ALIASES: dict[str, tuple[str, ...]] = {
+    "Aluminum": ("aluminium",),
+    "Cabo Verde": ("Cape Verde",),
+    "Cesium": ("caesium",),
+    "Czechia": ("Czech Republic",),
+    "Democratic Republic of the Congo": ("DR Congo",),
+    "Eswatini": ("Swaziland",),
+    "Ivory Coast": ("Côte d'Ivoire",),
+    "Myanmar": ("Burma",),
+    "Netherlands": ("Holland",),
+    "New York City": ("New York", "NYC"),
+    "Sulfur": ("sulphur",),
+    "Timor Leste": ("East Timor",),
+    "Turkey": ("Türkiye",),
+    "United Arab Emirates": ("UAE",),
+    "United Kingdom": ("UK", "Great Britain"),
+    "United States": ("USA", "US", "United States of America", "America"),
+}
 
 # Facts for which a city of the same name would be just as good an answer: their questions keep the word "airport".
 _SHARED_WITH_CITY = frozenset({"country", "timezone", "city"})
@@ -85,7 +117,9 @@ def ask(
             return None
         pattern = rng.choice(wording.held_out)
     else:
-        pattern = _training_pattern(rng, kind, wording, augment=augment)
+        pattern = _training_pattern(rng, wording, augment=augment)
+    if augment and kind in NOUNS and rng.random() < NOUN_RATE and kind not in pattern:
+        pattern = pattern.replace(NAME, NOUNS[kind])
     question = pattern.replace(NAME, _spoken(rng, kind, fact, name))
     question = question[0].upper() + question[1:]
     return _typed_by_a_person(rng, question) if augment else question
@@ -123,96 +157,42 @@ def question_set(
 
 
 def spoken_name(rng: random.Random, entity: Entity, fact: str) -> str:
-    """The entity's name as people say it: an airport's city is often left out."""
-    city = entity.facts.get("city", "")
-    rest = entity.name.removeprefix(f"{city} ")
-    if entity.kind != "airport" or rest == entity.name or rest.split()[0] in {"International", "Airport"}:
-        return entity.name
-    return rest if fact != "city" and rng.random() < 0.2 or fact == "city" and rng.random() < 0.5 else entity.name
+    """The entity's name as people say it: an airport's city is often left out, a city's country sometimes added."""
+    if entity.split == "train" and entity.name in ALIASES and rng.random() < ALIAS_RATE:
+        return rng.choice(ALIASES[entity.name])
+    if entity.kind == "city":
+        fits = fact not in {"country", "capital_of", "continent"} and "," not in entity.name
+        if fits and "country" in entity.facts and rng.random() < COUNTRY_RATE:
+            return f"{entity.name}, {entity.facts['country']}"
+    elif entity.kind == "airport":
+        rest = entity.name.removeprefix(f"{entity.facts.get('city', '')} ")
+        bare = rest.split()[0] in {"International", "Airport"}
+        if not bare and rng.random() < (0.5 if fact == "city" else 0.2):
+            return rest
+    return entity.name
 
 
 def unanswerable_questions(entities: Sequence[Entity], n: int = 100, seed: int = 29) -> list[str]:
-    """Questions in the corpus's own wording that it cannot answer: places and elements of fiction, invented names."""
+    """`n` questions that look like the corpus's own and that it cannot answer.
+
+    Half ask about names of fiction, a quarter about invented names, a quarter about facts of real entities of which
+    the corpus says nothing. No name asked about, bar the last kind's, is part of any entity's name.
+    """
     rng = random.Random(seed)
-    known = {fold(entity.name) for entity in entities}
-    names: dict[Kind, list[str]] = {kind: [name for name in FICTION[kind] if fold(name) not in known] for kind in KINDS}
-    questions: list[str] = []
+    everything = " | ".join(fold(entity.name) for entity in entities)
+    chain = MarkovNames([entity.name for entity in entities if entity.kind == "city"], order=3)
+    questions: dict[str, None] = {}
     while len(questions) < n:
         kind = rng.choices(KINDS, [KIND_WEIGHTS[kind] for kind in KINDS])[0]
-        text = ask(rng, kind, rng.choice(list(WORDINGS[kind])), rng.choice(names[kind]))
-        if text is not None and text not in questions:
-            questions.append(text)
-    return questions
-
-
-FICTION: dict[Kind, tuple[str, ...]] = {
-    "city": (
-        "Atlantis",
-        "Gotham City",
-        "Metropolis",
-        "Minas Tirith",
-        "King's Landing",
-        "Emerald City",
-        "Rivendell",
-        "El Dorado",
-        "Bikini Bottom",
-        "Ankh-Morpork",
-        "Hogsmeade",
-        "Zion City",
-        "Coruscant City",
-        "Camelot",
-        "Shangri-La",
-        "Springwood Falls",
-        "Winterfell",
-        "Mos Eisley",
-        "Rapture",
-        "Zootopia",
-    ),
-    "country": (
-        "Wakanda",
-        "Genovia",
-        "Narnia",
-        "Mordor",
-        "Gondor",
-        "Latveria",
-        "Ruritania",
-        "Freedonia",
-        "Sokovia",
-        "Westeros",
-        "Zubrowka",
-        "Oceania Prime",
-        "Elbonia",
-        "Syldavia",
-        "Borduria",
-        "Lilliput",
-        "Utopia",
-        "Panem",
-        "Zamunda",
-        "Arstotzka",
-    ),
-    "element": (
-        "Vibranium",
-        "Adamantium",
-        "Unobtainium",
-        "Mithril",
-        "Kryptonite",
-        "Dilithium",
-        "Octarine",
-        "Carbonite",
-        "Tiberium",
-        "Naquadah",
-    ),
-    "airport": (
-        "Gotham City International Airport",
-        "Wakanda International Airport",
-        "Atlantis Harbour International Airport",
-        "Mordor International Airport",
-        "Narnia Lantern Waste Airport",
-        "Springwood Falls International Airport",
-        "Emerald City Yellow Brick Airport",
-        "Metropolis Daily Planet Airport",
-    ),
-}
+        draw = rng.random()
+        if draw < 0.25:
+            name = rng.choice([entity.name for entity in entities if entity.kind == kind])
+            questions[rng.choice(UNKNOWN_FACTS[kind]).replace(NAME, name)] = None
+            continue
+        name = rng.choice(FICTION[kind]) if draw < 0.75 else chain.sample(rng) + NAME_ENDINGS.get(kind, "")
+        if fold(name.removesuffix(" International Airport")) not in everything:
+            questions[ask(rng, kind, rng.choice(list(WORDINGS[kind])), name) or ""] = None
+    return list(questions)
 
 
 def normalized(pattern: str) -> str:
@@ -221,12 +201,17 @@ def normalized(pattern: str) -> str:
 
 
 @cache
-def held_out_patterns(kind: Kind) -> frozenset[str]:
-    """Every wording about this kind of entity that training must not produce, normalized."""
-    return frozenset(normalized(p) for wording in WORDINGS[kind].values() for p in wording.held_out)
+def held_out_patterns() -> frozenset[str]:
+    """Every wording that training must not produce for any fact of any kind, normalized."""
+    return frozenset(
+        normalized(pattern)
+        for wordings in WORDINGS.values()
+        for wording in wordings.values()
+        for pattern in wording.held_out
+    )
 
 
-def _training_pattern(rng: random.Random, kind: Kind, wording: Wording, *, augment: bool) -> str:
+def _training_pattern(rng: random.Random, wording: Wording, *, augment: bool) -> str:
     """A wording to train on; drawn again should a frame or a dropped word give one that is held out."""
     while True:
         pattern = rng.choice(wording.questions)
@@ -234,7 +219,7 @@ def _training_pattern(rng: random.Random, kind: Kind, wording: Wording, *, augme
             pattern = rng.choice(FRAMES).replace("{p}", rng.choice(wording.noun_phrases))
         if augment and rng.random() < 0.1:
             pattern = _drop_stop_word(rng, pattern)
-        if normalized(pattern) not in held_out_patterns(kind):
+        if normalized(pattern) not in held_out_patterns():
             return pattern
 
 
@@ -258,16 +243,7 @@ def _spoken(rng: random.Random, kind: Kind, fact: str, name: str) -> str:
         name = name.lower()
     if kind == "country" and rng.random() < 0.75:
         name = with_article(name)
-    return name if rng.random() < 0.6 else _without_accents(name)
-
-
-def _without_accents(text: str) -> str:
-    folded = fold(text)
-    return (
-        "".join(f.upper() if c.isupper() else f for c, f in zip(text, folded, strict=True))
-        if len(folded) == len(text)
-        else text
-    )
+    return name if rng.random() < 0.6 else unaccented(name)
 
 
 def _typed_by_a_person(rng: random.Random, question: str) -> str:

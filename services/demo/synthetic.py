@@ -9,11 +9,12 @@ import random
 import re
 import string
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from services.demo.corpus import MAX_FACTS, passage_groups, render_passage
 from services.demo.facts import KINDS, Entity, Kind
+from services.demo.names import MarkovNames
 from services.demo.questions import ask, spoken_name
 from services.demo.sources.values import listing
 from services.demo.wording import WORDINGS
@@ -21,7 +22,6 @@ from services.demo.wording import WORDINGS
 KIND_WEIGHTS: dict[Kind, float] = {"city": 0.4, "country": 0.35, "element": 0.14, "airport": 0.11}
 TOKEN_NAME_RATE = 0.35
 KEEP_REAL_RATE = 0.35  # of values that are names: the real ones are met again in the corpus
-MAX_NAME = 24  # characters
 
 
 @dataclass(frozen=True)
@@ -36,29 +36,6 @@ class Example:
     fact: str
     entity: str
     facts: tuple[str, ...]
-
-
-class MarkovNames:
-    """Letter chains of a given order, learnt from real names."""
-
-    def __init__(self, names: Sequence[str], order: int) -> None:
-        """Count which letter follows each run of `order` letters."""
-        self._order = order
-        self._next: dict[str, list[str]] = defaultdict(list)
-        for name in names:
-            padded = "^" * order + name + "$"
-            for i in range(len(name) + 1):
-                self._next[padded[i : i + order]].append(padded[i + order])
-
-    def sample(self, rng: random.Random) -> str:
-        """A new name of 3 to 24 characters, without a comma."""
-        while True:
-            state, name = "^" * self._order, ""
-            while (char := rng.choice(self._next[state])) != "$" and len(name) <= MAX_NAME:
-                name += char
-                state = (state + char)[-self._order :]
-            if 3 <= len(name) <= MAX_NAME and "," not in name:
-                return name[0].upper() + name[1:]
 
 
 class ExampleStream:
@@ -89,7 +66,7 @@ class ExampleStream:
                 rate = self._rate.get((kind, fact), 0.0)
                 if rng.random() < min(0.9, max(0.15, rate)):
                     facts[fact] = self._value(rng, kind, fact)
-        return Entity(kind, self._name_of(rng, kind), "train", facts)
+        return Entity(kind, self._name_of(rng, kind, facts), "train", facts)
 
     def name(self, rng: random.Random) -> str:
         """An invented name."""
@@ -122,18 +99,22 @@ class ExampleStream:
         fact = "neighbours" if "neighbours" in facts and rng.random() < 0.35 else rng.choice(facts)
         text, stated = render_passage(rng, entity, title, facts, max_facts, fact)
         question = ask(rng, entity.kind, fact, spoken_name(rng, entity, fact))
-        assert question is not None  # only held-out wordings can be missing
+        assert question is not None, "only held-out wordings can be missing"  # noqa: S101
         return Example(question, entity.facts[fact], title, text, entity.kind, fact, entity.name, stated)
 
-    def _name_of(self, rng: random.Random, kind: Kind) -> str:
-        name = self.name(rng)
+    def _name_of(self, rng: random.Random, kind: Kind, facts: Mapping[str, str]) -> str:
+        """A name with what names of its kind often have: a city's country, an airport's city, `-ium`, `Islands`."""
+        name, draw = self.name(rng), rng.random()
         if kind == "airport":
-            if rng.random() < 0.5:
-                name = f"{name} {self.name(rng)}"
+            if draw < 0.7:
+                name = f"{facts.get('city') or self.name(rng)} {name}"
             return name + (" International Airport" if rng.random() < 0.8 else " Airport")
-        if kind == "element" and rng.random() < 0.6:
-            return name + "ium"
-        return name
+        if kind == "element":
+            return f"{name}ium" if draw < 0.6 else name
+        if kind == "country":
+            frame = rng.choice(("{} Islands", "United {}", "Republic of {}", "{} Republic")) if draw < 0.08 else "{}"
+            return frame.format(name)
+        return f"{name}, {facts['country']}" if draw < 0.05 and "country" in facts else name
 
     def _name_of_tokens(self, rng: random.Random) -> str:
         name = rng.choice(self._words)
@@ -156,7 +137,7 @@ class ExampleStream:
 
     def _listing(self, rng: random.Random) -> str:
         names = [
-            rng.choice(self._countries) if rng.random() < 0.6 else self.name(rng) for _ in range(rng.randint(1, 6))
+            rng.choice(self._countries) if rng.random() < 0.6 else self.name(rng) for _ in range(rng.randint(1, 5))
         ]
         return listing(names)
 
@@ -185,12 +166,16 @@ def _small(rng: random.Random, _real: str) -> str:
     return str(rng.randint(1, 150))
 
 
+def _year(rng: random.Random, _real: str) -> str:
+    return str(rng.randint(1600, 2029))
+
+
 RANDOM: dict[str, Callable[[random.Random, str], str]] = {
     **dict.fromkeys(
         (
             "population",
             "area",
-            "density",
+            "population_density",
             "capital_population",
             "largest_city_population",
             "second_city_population",
@@ -198,9 +183,10 @@ RANDOM: dict[str, Callable[[random.Random, str], str]] = {
         ),
         _count,
     ),
-    **dict.fromkeys(("mass", "melting_point", "boiling_point", "electronegativity"), _amount),
-    **dict.fromkeys(("coordinates", "capital_coordinates", "calling_code", "iso_number", "discovery_year"), _digits),
+    **dict.fromkeys(("mass", "melting_point", "boiling_point", "density", "electronegativity"), _amount),
+    **dict.fromkeys(("coordinates", "capital_coordinates", "calling_code", "iso_number"), _digits),
     **dict.fromkeys(("iata", "icao", "iso2", "iso3", "currency_code", "tld", "symbol"), _letters),
+    "discovery_year": _year,
     **dict.fromkeys(("number", "neighbour_count", "period", "group"), _small),
 }
 

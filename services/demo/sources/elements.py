@@ -1,21 +1,47 @@
 """The 118 chemical elements, from mendeleev."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from services.demo.sources.values import clean, decimal, is_latin
+from mendeleev import get_all_elements
+
+from services.demo.sources.values import clean, decimal, is_latin, listing
 
 KELVIN = 273.15
 ROOM_TEMPERATURE_C = 25.0
 
+# Where mendeleev's history of discovery is mistaken or disputed.
+DOUBTFUL: Mapping[str, frozenset[str]] = {
+    "C": frozenset({"boiling_point"}),  # sublimes
+    "Nd": frozenset({"discovery_year"}),
+    "No": frozenset({"discovery_place", "discovery_year"}),
+    "Pt": frozenset({"discoverer", "discovery_year", "discovery_place"}),
+}
+SPELLING = {
+    "Aver von": "Auer von",
+    "Derey": "Perey",
+    "Fredrich": "Friedrich",
+    "George Brandt": "Georg Brandt",
+    "Gustov": "Gustav",
+    "Hatchet": "Hatchett",
+    "Humphrey": "Humphry",
+    "Kirchoff": "Kirchhoff",
+    "Langet": "Langlet",
+    "Priestly": "Priestley",
+    "Ramsey": "Ramsay",
+    "Tenant": "Tennant",
+    "Tompson": "Thompson",
+    "Émillo": "Emilio",
+}
+
 
 def collect() -> Iterator[tuple[str, dict[str, str]]]:
     """Name and facts of each element, by atomic number."""
-    from mendeleev import get_all_elements
-
     for element in get_all_elements():
         melting = _celsius(element.melting_point)
         boiling = _celsius(element.boiling_point)
+        if melting is not None and boiling is not None and boiling < melting:
+            boiling = None  # arsenic sublimes: it has no boiling point at normal pressure
         phase = _phase(melting, boiling)
         facts = {
             "symbol": element.symbol,
@@ -24,7 +50,7 @@ def collect() -> Iterator[tuple[str, dict[str, str]]]:
             "category": _category(element.series),
             "discoverer": _discoverer(element.discoverers),
             "discovery_year": str(element.discovery_year) if element.discovery_year else None,
-            "discovery_place": clean(element.discovery_location or "") or None,
+            "discovery_place": clean(element.discovery_location or "").replace("/", " and ") or None,
             "period": str(element.period),
             "group": str(element.group_id) if element.group_id else None,
             "block": f"{element.block}-block",
@@ -34,7 +60,14 @@ def collect() -> Iterator[tuple[str, dict[str, str]]]:
             "density": _density(element.density, phase),
             "electronegativity": decimal(element.en_pauling) if element.en_pauling else None,
         }
-        yield clean(element.name), {fact: value for fact, value in facts.items() if value and is_latin(value)}
+        yield (
+            clean(element.name),
+            {
+                fact: value
+                for fact, value in facts.items()
+                if value and is_latin(value) and fact not in DOUBTFUL.get(element.symbol, ())
+            },
+        )
 
 
 def _celsius(kelvin: float | None) -> float | None:
@@ -42,9 +75,14 @@ def _celsius(kelvin: float | None) -> float | None:
 
 
 def _phase(melting: float | None, boiling: float | None) -> str | None:
-    if melting is None or boiling is None:
+    """State of matter at room temperature, where the two points settle it."""
+    if boiling is not None and boiling < ROOM_TEMPERATURE_C:
+        return "gas"
+    if melting is None:
         return None
-    return "solid" if melting > ROOM_TEMPERATURE_C else "liquid" if boiling > ROOM_TEMPERATURE_C else "gas"
+    if melting > ROOM_TEMPERATURE_C:
+        return "solid"
+    return "liquid" if boiling is not None else None
 
 
 def _density(grams_per_cm3: float | None, phase: str | None) -> str | None:
@@ -56,12 +94,16 @@ def _density(grams_per_cm3: float | None, phase: str | None) -> str | None:
 
 
 def _category(series: str | None) -> str | None:
-    return series.lower().removesuffix("s") if series else None
+    """`Noble gases` becomes `noble gas`."""
+    return series.lower().removesuffix("s").replace("gase", "gas") if series else None
 
 
 def _discoverer(raw: str | None) -> str | None:
-    """A name or two; `Known to the ancients.` and long committees are left out."""
-    if not raw or re.search(r"known|ancient|\d|\(|University|Laborator|Institute", raw):
+    """One to three people, with their names spelt as they spelt them; institutes and "et al." are left out."""
+    if not raw or re.search(r"known|ancient|\d|\(|/|et al|Los Alamos|GSI|RIKEN", raw):
         return None
-    name = clean(raw).rstrip(".")
-    return name if len(name) <= 45 else None
+    text = clean(re.sub(r"\.(?=\w)", ". ", raw)).rstrip(".").replace(";", ",")
+    for wrong, right in SPELLING.items():
+        text = text.replace(wrong, right)
+    people = text.split(", ")
+    return listing(people) if len(people) <= 3 else None

@@ -1,0 +1,100 @@
+"""What the corpus knows nothing of: names of fiction, and facts that it does not hold."""
+
+from collections.abc import Mapping
+
+from services.demo.facts import Kind
+
+FICTION: Mapping[Kind, tuple[str, ...]] = {
+    "city": (
+        "Atlantis",
+        "Gotham City",
+        "Minas Tirith",
+        "King's Landing",
+        "Emerald City",
+        "Rivendell",
+        "Bikini Bottom",
+        "Ankh-Morpork",
+        "Hogsmeade",
+        "Camelot",
+        "Shangri-La",
+        "Winterfell",
+        "Mos Eisley",
+        "Zootopia",
+        "Neverland",
+        "Cloud City",
+        "Lake Wobegon",
+        "R'lyeh",
+    ),
+    "country": (
+        "Wakanda",
+        "Genovia",
+        "Narnia",
+        "Mordor",
+        "Gondor",
+        "Latveria",
+        "Ruritania",
+        "Freedonia",
+        "Sokovia",
+        "Westeros",
+        "Zubrowka",
+        "Elbonia",
+        "Syldavia",
+        "Borduria",
+        "Lilliput",
+        "Panem",
+        "Zamunda",
+        "Arstotzka",
+    ),
+    "element": (
+        "Vibranium",
+        "Adamantium",
+        "Unobtainium",
+        "Mithril",
+        "Kryptonite",
+        "Dilithium",
+        "Octarine",
+        "Carbonite",
+        "Tiberium",
+        "Naquadah",
+    ),
+    "airport": (
+        "Gotham City International Airport",
+        "Wakanda International Airport",
+        "Atlantis Harbour International Airport",
+        "Mordor International Airport",
+        "Narnia Lantern Waste Airport",
+        "Emerald City Airport",
+        "Minas Tirith International Airport",
+        "Neverland International Airport",
+    ),
+}
+
+UNKNOWN_FACTS: Mapping[Kind, tuple[str, ...]] = {
+    "city": (
+        "Who is the mayor of {n}?",
+        "When was {n} founded?",
+        "Which river flows through {n}?",
+        "Which football club comes from {n}?",
+        "What is the oldest building in {n}?",
+    ),
+    "country": (
+        "Who is the president of {n}?",
+        "What is the national anthem of {n}?",
+        "When did {n} become independent?",
+        "What is the highest mountain of {n}?",
+        "What is the national dish of {n}?",
+        "Which colours has the flag of {n}?",
+    ),
+    "element": (
+        "How much does a kilogram of {n} cost?",
+        "What is {n} used for?",
+        "Which mines produce the most {n}?",
+        "Is {n} poisonous?",
+    ),
+    "airport": (
+        "How many runways does {n} have?",
+        "Which airlines fly from {n}?",
+        "When was {n} opened?",
+        "How many passengers does {n} handle a year?",
+    ),
+}
