@@ -142,14 +142,23 @@ def _family(cls: type[RagError]) -> Iterator[type[RagError]]:
 ERRORS_BY_CODE: dict[str, type[RagError]] = {cls.code: cls for cls in _family(RagError)}
 
 
+MAX_TEXT = 500
+
+
+def _for_the_wire(text: str, limit: int = MAX_TEXT) -> str:
+    """Of bounded length, and encodable: what a client sent may hold lone surrogates and be megabytes long."""
+    clipped = text if len(text) <= limit else text[:limit] + "…"
+    return clipped.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def error_to_wire(error: RagError, request_id: str | None = None) -> dict[str, Any]:
     """The JSON body of an error response."""
     detail = ErrorDetail(
         type=error.type,
         code=error.code,
-        message=error.message,
-        param=error.param,
-        request_id=error.request_id or request_id,
+        message=_for_the_wire(error.message),
+        param=None if error.param is None else _for_the_wire(error.param, limit=200),
+        request_id=request_id or error.request_id,
         retryable=error.retryable,
     )
     return ErrorBody(error=detail).model_dump()

@@ -21,6 +21,10 @@ class Wire(BaseModel):
 
 
 class Request(Wire):
+    """What a client sends: types are taken strictly, so that ``"5"`` is no number and ``1`` no boolean."""
+
+    model_config = ConfigDict(strict=True)
+
     timeout_ms: int | None = Field(
         default=None, ge=1, le=600_000, description="Deadline of the whole request, both services included."
     )
@@ -32,9 +36,11 @@ class Request(Wire):
 class EncodedArray(Wire):
     """An array as base64 of its little-endian bytes in C order."""
 
+    model_config = ConfigDict(strict=True)
+
     data: str = Field(description="base64")
     dtype: Literal["float16", "float32", "float64"] = "float32"
-    shape: list[int] = Field(min_length=1, max_length=3)
+    shape: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, max_length=3)
 
 
 class Passage(Wire):
@@ -51,12 +57,22 @@ class IndexInfo(Wire):
     encoder: str = Field(description="Fingerprint of the question encoder whose space the embeddings live in.")
 
 
-class RetrieveRequest(Request):
-    vectors: list[list[float]] | EncodedArray = Field(description="Query vectors, (B, D).")
+class RetrieveOptions(Request):
+    """Everything of a retrieve request but its vectors; with an Arrow body it travels beside them."""
+
     n_docs: int = Field(default=5, ge=1, description="Documents per query; fewer come back where there are fewer.")
     collection: CollectionName = "default"
     return_embeds: bool = True
     return_passages: bool = True
+
+
+# The first bad number ends the check: a body of millions of them must not become a list of millions of errors.
+Row = Annotated[list[float], Field(fail_fast=True)]
+Rows = Annotated[list[Row], Field(fail_fast=True)]
+
+
+class RetrieveRequest(RetrieveOptions):
+    vectors: Rows | EncodedArray = Field(description="Query vectors, (B, D).")
 
 
 class RetrieveResponse(Wire):
@@ -96,6 +112,8 @@ class CollectionList(Wire):
 
 class OwnPassage(Wire):
     """A passage that the caller brings; ``score`` stands for the inner product that retrieval would give."""
+
+    model_config = ConfigDict(strict=True)
 
     id: int | None = Field(default=None, ge=0, le=INT64_MAX)
     title: str = ""
