@@ -54,22 +54,9 @@ LEADING: dict[Kind, tuple[str, ...]] = {
 COUNTRY_FACTS = frozenset({"country", "capital_of", "discovery_place"})
 _ARTICLE_WORDS = frozenset({"Islands", "Republic", "States", "Kingdom", "Emirates", "Territory", "Territories"})
 _ARTICLE_NAMES = frozenset(
-    {
-        "USA",
-        "US",
-        "UK",
-        "UAE",
-        "DR Congo",
-        "Netherlands",
-        "Philippines",
-        "Bahamas",
-        "Gambia",
-        "Maldives",
-        "Comoros",
-        "Seychelles",
-        "Vatican",
-    }
+    ("Bahamas", "Comoros", "Gambia", "Maldives", "Netherlands", "Philippines", "Seychelles", "Vatican")
 )
+_ARTICLE_ALIASES = frozenset({"DR Congo", "UAE", "UK", "US", "USA"})
 
 
 @dataclass(frozen=True)
@@ -112,6 +99,7 @@ def render_passage(
     title: str,
     facts: Sequence[str],
     max_facts: int,
+    *,
     must: str | None = None,
 ) -> tuple[str, tuple[str, ...]]:
     """State up to `max_facts` of `facts` in random order; returns the text and the facts that it states.
@@ -134,7 +122,11 @@ def render_passage(
 def with_article(name: str) -> str:
     """`the Netherlands`, but `France`."""
     words = name.split()
-    definite = name in _ARTICLE_NAMES or (words[-1] in _ARTICLE_WORDS and words[0] != "The") or " of the " in name
+    definite = (
+        name in _ARTICLE_NAMES | _ARTICLE_ALIASES
+        or (words[-1] in _ARTICLE_WORDS and words[0] != "The")
+        or " of the " in name
+    )
     return f"the {name}" if definite else name
 
 

@@ -97,7 +97,7 @@ class ExampleStream:
         """A question about one of the entity's facts, with a freshly worded passage that states it."""
         title, facts = rng.choice(passage_groups(entity))
         fact = "neighbours" if "neighbours" in facts and rng.random() < 0.35 else rng.choice(facts)
-        text, stated = render_passage(rng, entity, title, facts, max_facts, fact)
+        text, stated = render_passage(rng, entity, title, facts, max_facts, must=fact)
         question = ask(rng, entity.kind, fact, spoken_name(rng, entity, fact))
         assert question is not None, "only held-out wordings can be missing"  # noqa: S101
         return Example(question, entity.facts[fact], title, text, entity.kind, fact, entity.name, stated)

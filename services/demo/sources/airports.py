@@ -26,7 +26,7 @@ def collect(world: World) -> Iterator[tuple[str, dict[str, str]]]:
     }
     taken: set[str] = set()
     for iata, airport in sorted(airportsdata.load("IATA").items()):
-        code, city = airport["country"], clean(airport["city"])
+        code, city = airport["country"], clean(re.split("[/(]", airport["city"])[0])
         name = clean(NOTE.sub(" ", airport["name"]))
         known = "International" in name or ((code, fold(city)) in large and "Airport" in name)
         if not known or not city or code not in world.names or NO_AIRPORT.search(name):

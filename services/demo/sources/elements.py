@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-from mendeleev import get_all_elements
+from mendeleev.mendeleev import get_all_elements
 
 from services.demo.sources.values import clean, decimal, is_latin, listing
 
@@ -37,6 +38,7 @@ SPELLING = {
 
 def collect() -> Iterator[tuple[str, dict[str, str]]]:
     """Name and facts of each element, by atomic number."""
+    element: Any  # SQLAlchemy columns, which the package types as such
     for element in get_all_elements():
         melting = _celsius(element.melting_point)
         boiling = _celsius(element.boiling_point)
@@ -100,7 +102,7 @@ def _category(series: str | None) -> str | None:
 
 def _discoverer(raw: str | None) -> str | None:
     """One to three people, with their names spelt as they spelt them; institutes and "et al." are left out."""
-    if not raw or re.search(r"known|ancient|\d|\(|/|et al|Los Alamos|GSI|RIKEN", raw):
+    if not raw or re.search(r"known|ancient|\d|\(|/|et al|Los Alamos|Laboratory|GSI|RIKEN", raw):
         return None
     text = clean(re.sub(r"\.(?=\w)", ". ", raw)).rstrip(".").replace(";", ",")
     for wrong, right in SPELLING.items():
