@@ -102,7 +102,7 @@ def _category(series: str | None) -> str | None:
 
 def _discoverer(raw: str | None) -> str | None:
     """One to three people, with their names spelt as they spelt them; institutes and "et al." are left out."""
-    if not raw or re.search(r"known|ancient|\d|\(|/|et al|Los Alamos|Laboratory|GSI|RIKEN", raw):
+    if not raw or re.search(r"known|ancient|\d|\(|/|et al|Los Alamos|Laboratory|Institute|GSI|RIKEN", raw):
         return None
     text = clean(re.sub(r"\.(?=\w)", ". ", raw)).rstrip(".").replace(";", ",")
     for wrong, right in SPELLING.items():
