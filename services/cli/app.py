@@ -1,0 +1,56 @@
+"""The root of `rag`: its commands, and how an error becomes a message and an exit code."""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from services.cli import ask, demo, info, up
+from shared.errors import RagError, StartupError
+
+FAILED, CANNOT_START, NOT_REACHABLE = 1, StartupError.exit_code, 4
+
+app = typer.Typer(
+    name="rag",
+    help="Answers from your passages, with the evidence for each: a retriever and a generator (RAG), served.",
+    epilog=(
+        '**First steps:** `rag up` in one terminal, `rag ask "How many people live in Paris?"` in another.\n\n'
+        "**Exit codes:** 0 done · 1 the service refused or failed the request · 2 wrong usage · "
+        "3 a service cannot start as it is set up · 4 no service answers, or it is not ready yet."
+    ),
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("up")(up.up)
+app.command("ask")(ask.ask)
+app.command("search")(ask.search)
+app.command("info")(info.info)
+app.add_typer(demo.app, name="demo")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `rag` and end the process with its exit code."""
+    try:
+        app(arguments)
+    except RagError as error:
+        _complain(error)
+        sys.exit(_exit_code(error))
+
+
+def _exit_code(error: RagError) -> int:
+    if isinstance(error, StartupError):
+        return CANNOT_START
+    return NOT_REACHABLE if error.code in ("unreachable", "unavailable") else FAILED
+
+
+def _complain(error: RagError) -> None:
+    console = Console(stderr=True, highlight=False)
+    console.print(Text.assemble(("error: ", "bold red"), error.message), soft_wrap=True)
+    if error.code == "unreachable":
+        console.print(Text.assemble("Start both services with ", ("rag up", "bold"), ", or name another with --url."))
+    if error.request_id:
+        console.print(Text(f"{error.code} · request {error.request_id}", "dim"), soft_wrap=True)

@@ -1,0 +1,217 @@
+"""The clients: one that blocks, one that awaits. The requests and responses are in :mod:`services.client.calls`."""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self, TypeVar, Unpack
+
+import httpx
+
+from services.client import calls
+from services.client.calls import Call, Service, Vectors
+from services.client.options import AnswerOptions, EncodeOptions, RetrieveOptions, ScoreOptions, SearchOptions
+from shared.errors import DeadlineExceeded, RagError
+from shared.retrieval import RetrieveResult
+from shared.schemas import (
+    AnswerResponse,
+    CollectionInfo,
+    EncodeResponse,
+    Health,
+    ScoreResponse,
+    SearchResponse,
+    ServiceInfo,
+)
+from shared.vectors import Form
+
+T = TypeVar("T")
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+DEFAULT_TIMEOUT_S = 60.0
+# A proxy of the environment (HTTP_PROXY) is honoured, but nothing on this machine is behind one.
+_NO_PROXY = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
+
+
+class _Client:
+    """Addresses, the key and the time to wait: what both clients keep."""
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        retriever_url: str | None = None,
+        api_key: str | None = None,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        """``timeout_s`` bounds each call on this side (``None``: no bound); ``timeout_ms`` of a call goes with the
+        request and bounds it on both services too."""
+        self._urls: dict[Service, str | None] = {"generator": url, "retriever": retriever_url}
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._timeout_s = timeout_s
+
+    def _url(self, call: Call[T]) -> str:
+        base = self._urls[call.service]
+        if base is None:
+            raise ValueError("this call goes to the retriever: give the client its address as retriever_url")
+        return base.rstrip("/") + call.path
+
+    def _request(self, call: Call[T]) -> httpx.Request:
+        timeout = httpx.Timeout(call.wait_s(self._timeout_s)).as_dict()
+        return httpx.Request(
+            call.method,
+            self._url(call),
+            headers=self._headers | call.headers,
+            content=call.content,
+            extensions={"timeout": timeout},
+        )
+
+    def _failure(self, call: Call[T], error: httpx.TransportError) -> RagError:
+        if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
+            return DeadlineExceeded(f"the {call.service} did not answer within {call.wait_s(self._timeout_s):g} s")
+        return calls.unreachable(call, str(self._urls[call.service]), error)
+
+
+class RagClient(_Client):
+    """Both services from one thread. Keeps connections open: use it with ``with``, or ``close()`` it.
+
+    Every call raises a class of :mod:`shared.errors`: what the service sent, :class:`Unreachable` where nothing
+    answers, :class:`DeadlineExceeded` where the answer does not come in time.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        retriever_url: str | None = None,
+        api_key: str | None = None,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        super().__init__(url, retriever_url=retriever_url, api_key=api_key, timeout_s=timeout_s)
+        self._http = httpx.Client(transport=transport, mounts=None if transport else _NO_PROXY)
+
+    def answer(self, question: str | Sequence[str], **options: Unpack[AnswerOptions]) -> AnswerResponse:
+        """Answer one question or many from retrieved passages (or from ``passages``)."""
+        return self._send(calls.answer(question, options))
+
+    def score(
+        self,
+        question: str | Sequence[str],
+        answers: Sequence[str] | Sequence[Sequence[str]],
+        **options: Unpack[ScoreOptions],
+    ) -> ScoreResponse:
+        """log p(y|x) of given answers, marginalised over the documents: one list of answers a question."""
+        return self._send(calls.score(question, answers, options))
+
+    def encode(self, question: str | Sequence[str], **options: Unpack[EncodeOptions]) -> EncodeResponse:
+        """Question vectors, (B, D); :meth:`retrieve` takes them as they are."""
+        return self._send(calls.encode(question, options))
+
+    def search(self, question: str | Sequence[str], **options: Unpack[SearchOptions]) -> SearchResponse:
+        """Ranked passages for each question, nothing generated."""
+        return self._send(calls.search(question, options))
+
+    def retrieve(self, vectors: Vectors, *, form: Form = "arrow", **options: Unpack[RetrieveOptions]) -> RetrieveResult:
+        """Documents nearest to each of ``vectors`` (B, D), as numpy arrays; ``form`` is the one on the wire."""
+        return self._send(calls.retrieve(vectors, form, options))
+
+    def collections(self) -> list[CollectionInfo]:
+        """What the retriever serves."""
+        return self._send(calls.collections())
+
+    def info(self, service: Service = "generator") -> ServiceInfo:
+        """Versions, device, model or collections, limits."""
+        return self._send(calls.info(service))
+
+    def ready(self, service: Service = "generator") -> Health:
+        """Whether the service can answer now, and why not; a service that cannot be reached is not ready."""
+        try:
+            return self._send(calls.ready(service))
+        except RagError as error:
+            return calls.not_ready(error)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _send(self, call: Call[T]) -> T:
+        request = self._request(call)
+        try:
+            response = self._http.send(request)
+        except httpx.TransportError as error:
+            raise self._failure(call, error) from error
+        return calls.read(call, response)
+
+
+class AsyncRagClient(_Client):
+    """:class:`RagClient` for asyncio: the same calls, awaited; ``async with``, or ``await close()``."""
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        retriever_url: str | None = None,
+        api_key: str | None = None,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        super().__init__(url, retriever_url=retriever_url, api_key=api_key, timeout_s=timeout_s)
+        self._http = httpx.AsyncClient(transport=transport, mounts=None if transport else _NO_PROXY)
+
+    async def answer(self, question: str | Sequence[str], **options: Unpack[AnswerOptions]) -> AnswerResponse:
+        return await self._send(calls.answer(question, options))
+
+    async def score(
+        self,
+        question: str | Sequence[str],
+        answers: Sequence[str] | Sequence[Sequence[str]],
+        **options: Unpack[ScoreOptions],
+    ) -> ScoreResponse:
+        return await self._send(calls.score(question, answers, options))
+
+    async def encode(self, question: str | Sequence[str], **options: Unpack[EncodeOptions]) -> EncodeResponse:
+        return await self._send(calls.encode(question, options))
+
+    async def search(self, question: str | Sequence[str], **options: Unpack[SearchOptions]) -> SearchResponse:
+        return await self._send(calls.search(question, options))
+
+    async def retrieve(
+        self, vectors: Vectors, *, form: Form = "arrow", **options: Unpack[RetrieveOptions]
+    ) -> RetrieveResult:
+        return await self._send(calls.retrieve(vectors, form, options))
+
+    async def collections(self) -> list[CollectionInfo]:
+        return await self._send(calls.collections())
+
+    async def info(self, service: Service = "generator") -> ServiceInfo:
+        return await self._send(calls.info(service))
+
+    async def ready(self, service: Service = "generator") -> Health:
+        try:
+            return await self._send(calls.ready(service))
+        except RagError as error:
+            return calls.not_ready(error)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _send(self, call: Call[T]) -> T:
+        request = self._request(call)
+        try:
+            response = await self._http.send(request)
+        except httpx.TransportError as error:
+            raise self._failure(call, error) from error
+        return calls.read(call, response)

@@ -1,0 +1,47 @@
+"""The keyword options of each call, for editors and type checkers.
+
+They are the fields of the request in :mod:`shared.schemas` less the ones that a call takes by position; a test keeps
+the two equal. What is left out is not sent, so that the service's own default holds.
+"""
+
+from typing import Literal, TypedDict
+
+from shared.schemas import OwnPassage, Strategy
+
+
+class EncodeOptions(TypedDict, total=False):
+    timeout_ms: int | None
+
+
+class SearchOptions(EncodeOptions, total=False):
+    n_docs: int | None
+    collection: str
+
+
+class ScoreOptions(SearchOptions, total=False):
+    strategy: Strategy | None
+    passages: list[OwnPassage] | None
+
+
+class AnswerOptions(ScoreOptions, total=False):
+    num_beams: int
+    num_return_sequences: int
+    max_new_tokens: int
+    min_new_tokens: int
+    length_penalty: float
+    no_repeat_ngram_size: int
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int | None
+    deduplicate: bool
+    provenance: Literal["none", "answer"]
+    min_probability: float
+
+
+class RetrieveOptions(EncodeOptions, total=False):
+    n_docs: int
+    collection: str
+    return_embeds: bool
+    return_passages: bool

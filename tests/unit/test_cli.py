@@ -1,0 +1,256 @@
+"""`rag`: what each command prints, and its exit code. It talks to a small HTTP server with canned responses; the
+real services under it are tested in tests/e2e.
+"""
+
+import http.server
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from services.cli import main
+from shared.errors import InvalidRequest, Unavailable, error_to_wire
+from shared.schemas import (
+    Answer,
+    AnswerResponse,
+    CollectionInfo,
+    Document,
+    Health,
+    IndexInfo,
+    QuestionResult,
+    SearchResponse,
+    SearchResult,
+    ServiceInfo,
+)
+
+INDEX = IndexInfo(collection="default", generation="g1", encoder="e1")
+DOCUMENTS = [
+    Document(id=1, title="Lyon", text="Lyon has 522 250 people.", score=9.0, prior=0.6),
+    Document(id=2, title="Paris [FR]", text="Paris has 2 138 551 people.", score=8.6, prior=0.4),
+]
+ANSWERS = [
+    Answer(text="2 138 551", log_prob=-0.1, probability=0.905, doc_posterior=[0.01, 0.99]),
+    Answer(text="522 250", log_prob=-3.0, probability=0.05, doc_posterior=[0.97, 0.03]),
+]
+LIMITS = {"limits": {"max_n_docs": 50}, "versions": {"numpy": "2"}, "device": "cpu", "version": "0.1.0"}
+COLLECTION = CollectionInfo(
+    name="default",
+    generation="g1",
+    encoder="e1",
+    kind="flat",
+    metric="inner_product",
+    dimension=4,
+    count=12_345,
+    dtype="float16",
+    device="cpu",
+    created_at="2026-01-01T00:00:00Z",
+)
+
+
+def answered(abstained: bool = False, answers: Sequence[Answer] = ANSWERS) -> dict[str, Any]:
+    result = QuestionResult(question="q", answers=list(answers), abstained=abstained, documents=DOCUMENTS)
+    response = AnswerResponse(model="demo", strategy="token", results=[result], index=INDEX, timings_ms={"total": 1.0})
+    return response.model_dump()
+
+
+class Canned(http.server.ThreadingHTTPServer):
+    """Answers each path with (status, JSON) of ``responses``; keeps the bodies that it was sent."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        self.responses: dict[str, tuple[int, Any]] = {}
+        self.received: list[Any] = []
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Canned
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_POST(self) -> None:
+        self.server.received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self._answer()
+
+    def _answer(self) -> None:
+        status, body = self.server.responses[self.path]
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Not onto the output that the tests look at."""
+
+
+@pytest.fixture
+def service() -> Iterator[Canned]:
+    with Canned() as server:
+        server.responses["/v1/answer"] = 200, answered()
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+Rag = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def rag(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Rag:
+    """Run `rag` with these arguments: (exit code, what it printed, what it complained)."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def test_the_answer_comes_with_its_probability_and_the_passage_it_rests_on(rag: Rag, service: Canned) -> None:
+    service.responses["/v1/answer"] = 200, answered(answers=ANSWERS[:1])
+    code, out, _ = rag("ask", "How many?", "--url", service.url)
+    assert code == 0
+    assert "2 138 551   probability 0.905" in out
+    assert "from Paris [FR]   prior 0.400, posterior 0.990" in out
+    assert "Paris has 2 138 551 people." in out
+    assert "Lyon" not in out
+
+
+def test_options_reach_the_service(rag: Rag, service: Canned) -> None:
+    options = ["--n-docs", "7", "--answers", "3", "--strategy", "sequence", "--min-probability", "0.2"]
+    rag("ask", "q", "--url", service.url, *options, "--timeout-ms", "900")
+    sent = service.received[0]
+    assert sent == {
+        "question": "q",
+        "n_docs": 7,
+        "num_beams": 3,
+        "num_return_sequences": 3,
+        "strategy": "sequence",
+        "min_probability": 0.2,
+        "timeout_ms": 900,
+    }
+
+
+def test_several_answers_and_passages_can_be_asked_for(rag: Rag, service: Canned) -> None:
+    _, out, _ = rag("ask", "q", "--answers", "2", "--passages", "2", "--url", service.url)
+    assert out.index("2 138 551") < out.index("522 250") < out.index("from Paris") < out.index("from Lyon")
+
+
+def test_it_says_that_it_does_not_know(rag: Rag, service: Canned) -> None:
+    service.responses["/v1/answer"] = 200, answered(abstained=True, answers=[])
+    code, out, _ = rag("ask", "q", "--min-probability", "0.99", "--url", service.url)
+    assert code == 0
+    assert "I do not know" in out
+    assert "from Lyon   prior 0.600" in out
+
+
+def test_json_is_the_response_itself(rag: Rag, service: Canned) -> None:
+    _, out, _ = rag("ask", "q", "--json", "--url", service.url)
+    assert json.loads(out) == answered()
+
+
+def test_search_ranks_passages(rag: Rag, service: Canned) -> None:
+    results = [SearchResult(question="q", documents=DOCUMENTS)]
+    response = SearchResponse(results=results, index=INDEX, timings_ms={"total": 1.0})
+    service.responses["/v1/search"] = 200, response.model_dump()
+    _, out, _ = rag("search", "q", "--url", service.url)
+    ranks = [line.split()[:3] for line in out.splitlines()[1:3]]
+    assert ranks == [["1", "9.00", "0.600"], ["2", "8.60", "0.400"]]
+
+
+def test_info_shows_both_services(rag: Rag, service: Canned) -> None:
+    infos = [
+        ServiceInfo(service="generator", model={"name": "demo"}, **LIMITS),
+        ServiceInfo(service="retriever", collections=[COLLECTION], **LIMITS),
+    ]
+    with Canned() as retriever:
+        threading.Thread(target=retriever.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        for server, info in zip((service, retriever), infos, strict=True):
+            server.responses["/info"] = 200, info.model_dump()
+        service.responses["/readyz"] = 200, Health(status="ok").model_dump()
+        retriever.responses["/readyz"] = 503, Health(status="unavailable", reasons=["building"]).model_dump()
+        code, out, _ = rag("info", "--url", service.url, "--retriever-url", retriever.url)
+        retriever.shutdown()
+    assert code == 0
+    assert f"generator 0.1.0 at {service.url} on cpu: ready" in out
+    assert "not ready: building" in out
+    assert "12345" in out
+    assert "max_n_docs" in out
+
+
+def test_a_refusal_is_told_with_its_request(rag: Rag, service: Canned) -> None:
+    service.responses["/v1/answer"] = 422, error_to_wire(InvalidRequest("n_docs: at most 50"), "r-17")
+    code, out, err = rag("ask", "q", "--n-docs", "51", "--url", service.url)
+    assert (code, out) == (1, "")
+    assert "n_docs: at most 50" in err
+    assert "r-17" in err
+
+
+def test_without_services_it_says_how_to_start_them(rag: Rag) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        code, _, err = rag("ask", "q", "--url", url)
+    assert code == 4
+    assert url in err
+    assert "rag up" in err
+
+
+def test_a_service_that_is_not_ready_yet_has_the_same_code_as_none(rag: Rag, service: Canned) -> None:
+    service.responses["/v1/answer"] = 503, error_to_wire(Unavailable("loading the checkpoint"))
+    code, _, err = rag("ask", "q", "--url", service.url)
+    assert code == 4
+    assert "loading the checkpoint" in err
+
+
+def test_up_refuses_a_taken_port(rag: Rag, service: Canned) -> None:
+    code, _, err = rag("up", "--port", str(service.server_port))
+    assert code == 3
+    assert f"rag up --port {service.server_port + 10}" in err
+
+
+def test_up_refuses_one_port_for_both(rag: Rag) -> None:
+    code, _, err = rag("up", "--port", "9000", "--retriever-port", "9000")
+    assert code == 3
+    assert "9000" in err
+
+
+def test_wrong_usage_has_code_2(rag: Rag) -> None:
+    assert rag("ask", "q", "--min-probability", "2")[0] == 2
+
+
+@pytest.mark.parametrize("command", [[], ["up"], ["ask"], ["search"], ["info"], ["demo"]], ids=" ".join)
+def test_every_command_explains_itself(rag: Rag, command: list[str]) -> None:
+    code, out, _ = rag(*command, "--help")
+    assert code == 0
+    assert "Usage" in out
+
+
+def test_the_exit_codes_are_documented(rag: Rag) -> None:
+    out = " ".join(rag("--help")[1].split())
+    for code in range(5):
+        assert f"{code} " in out.partition("Exit codes:")[2]
+
+
+def test_the_command_starts_without_the_heavy_libraries() -> None:
+    heavy = {"torch", "transformers", "faiss", "pyarrow", "numpy", "httpx"}
+    program = f"import sys, services.cli; print(*({heavy!r} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert loaded.stdout.split() == []
