@@ -23,8 +23,8 @@ READER_KINDS: dict[Kind, float] = {"city": 0.40, "country": 0.40, "element": 0.1
 READER_REAL = 0.3
 CURRICULUM = 0.33
 """Share of the reader's run in which passages grow from one fact to seven."""
-MISMATCHED = 0.12
-"""Share of the reader's examples, after the curriculum, whose passage is about something else."""
+UNTOLD = 0.15
+"""Share of the reader's examples, after the curriculum, whose passage does not tell the answer."""
 
 RETRIEVER_BATCH = 128
 RETRIEVER_KINDS: dict[Kind, float] = {"city": 0.50, "country": 0.35, "element": 0.07, "airport": 0.08}
@@ -73,21 +73,36 @@ class Mixture:
         real = rng.random() < READER_REAL * (1.0 if grown else 0.3)
         entity = self._draw_real(rng, READER_KINDS) if real else self._stream.entity(rng)
         example = self._stream.example(rng, entity, _max_facts(rng, progress))
-        if grown and rng.random() < MISMATCHED:
-            return self._mismatch(rng, example)
-        return Reading(self._context(example, example.question), example.answer)
+        if grown and rng.random() < UNTOLD:
+            untold = self._left_out(rng, entity) if rng.random() < 0.4 else self._of_another(rng, example)
+            if untold is not None:
+                return untold
+        return Reading(self._context(example.title, example.text, example.question), example.answer)
 
-    def _mismatch(self, rng: random.Random, example: Example) -> Reading:
-        """The same fact asked of a similar name, or of any other: the passage does not tell."""
+    def _of_another(self, rng: random.Random, example: Example) -> Reading | None:
+        """The same fact asked of a similar name, or of any other."""
         name = example.entity
         other = self._stream.mutate_name(rng, name) if rng.random() < 0.5 else self._stream.name(rng)
         question = ask(rng, example.kind, example.fact, other)
-        if fold(other) == fold(name) or question is None:
-            return Reading(self._context(example, example.question), example.answer)
-        return Reading(self._context(example, question), None)
+        if question is None or fold(other) == fold(name):
+            return None
+        return Reading(self._context(example.title, example.text, question), None)
 
-    def _context(self, example: Example, question: str) -> str:
-        return context_text(example.title, example.text, question_form(question, self._encoder_tokenizer))
+    def _left_out(self, rng: random.Random, entity: Entity) -> Reading | None:
+        """A fact of the entity that this passage of it leaves out."""
+        fact = rng.choice(list(entity.facts))
+        title, facts = rng.choice(passage_groups(entity))
+        others = [other for other in facts if other != fact]
+        question = ask(rng, entity.kind, fact, spoken_name(rng, entity, fact))
+        if question is None or not others:
+            return None
+        text, _ = render_passage(rng, entity, title, others, rng.choice((2, 4, 7)))
+        if entity.facts[fact] in text:  # told in passing: Monaco is the capital of Monaco
+            return None
+        return Reading(self._context(title, text, question), None)
+
+    def _context(self, title: str, text: str, question: str) -> str:
+        return context_text(title, text, question_form(question, self._encoder_tokenizer))
 
     def _draw_real(self, rng: random.Random, kinds: dict[Kind, float]) -> Entity:
         (kind,) = rng.choices(list(kinds), list(kinds.values()))

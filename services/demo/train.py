@@ -38,8 +38,8 @@ from services.training.tokenizers import train_encoder_tokenizer, train_reader_t
 
 WORK = Path("data/training")
 SCHEDULES = {
-    "retriever": Schedule(steps=5600, warmup=200),
-    "reader": Schedule(steps=5600, warmup=300, plateau=0.4),
+    "retriever": Schedule(steps=3600, warmup=200),
+    "reader": Schedule(steps=6000, warmup=300, plateau=0.4),
 }
 SEED = 0
 
