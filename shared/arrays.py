@@ -15,14 +15,20 @@ from shared.errors import InvalidRequest
 from shared.retrieval import Float32Array
 from shared.schemas import EncodedArray
 
-_DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4"), "float64": np.dtype("<f8")}
+_DTYPES: dict[str, np.dtype[np.floating]] = {
+    "float16": np.dtype("<f2"),
+    "float32": np.dtype("<f4"),
+    "float64": np.dtype("<f8"),
+}
 
 
 def encode_array(array: npt.NDArray[np.floating]) -> EncodedArray:
     """A float16, float32 or float64 array of one to three dimensions, as it is."""
     name = array.dtype.name
     data = np.ascontiguousarray(array, dtype=_DTYPES[name]).tobytes()
-    return EncodedArray(data=base64.b64encode(data).decode("ascii"), dtype=name, shape=list(array.shape))
+    return EncodedArray.model_validate(
+        {"data": base64.b64encode(data).decode("ascii"), "dtype": name, "shape": list(array.shape)}
+    )
 
 
 def decode_array(encoded: EncodedArray, param: str = "data") -> Float32Array:

@@ -30,7 +30,7 @@ def write_stream(columns: Mapping[str, pa.Array], metadata: Mapping[str, Any]) -
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
         writer.write_batch(pa.record_batch(list(columns.values()), schema=schema))
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue())
 
 
 def read_stream(body: bytes) -> pa.Table:

@@ -23,7 +23,7 @@ class from ``code`` with :func:`error_from_wire`.
 """
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, Field
 
@@ -49,6 +49,12 @@ class RagError(Exception):
         self.param = param
         self.request_id = request_id
         self.retry_after_s = retry_after_s
+
+    def copy(self) -> Self:
+        """Another instance of it: one that is raised in several tasks would gather the tracebacks of all."""
+        other = type(self).__new__(type(self), *self.args)
+        other.__dict__.update(self.__dict__)
+        return other
 
 
 class RequestError(RagError):

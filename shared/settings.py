@@ -1,8 +1,8 @@
 """Settings that both services have, read from the environment once, at the start.
 
-A subclass sets ``model_config = SettingsConfigDict(env_prefix="RETRIEVER_")`` and adds its own fields. pydantic-settings
-reads the variables it knows and says nothing about the others, so ``RETRIEVER_PROT=9000`` would leave the port as it was;
-:func:`load_settings` refuses it and names the nearest setting.
+A subclass sets ``model_config = SettingsConfigDict(env_prefix="RETRIEVER_")`` and adds its own fields.
+pydantic-settings reads the variables it knows and says nothing about the others, so ``RETRIEVER_PROT=9000`` would leave
+the port as it was; :func:`load_settings` refuses it and names the nearest setting.
 
 (In Kubernetes a Service called ``retriever`` puts ``RETRIEVER_PORT=tcp://…`` and its like into every pod: set
 ``enableServiceLinks: false`` there.)
@@ -11,7 +11,7 @@ reads the variables it knows and says nothing about the others, so ``RETRIEVER_P
 import difflib
 import os
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -67,7 +67,9 @@ def load_settings(cls: type[Settings]) -> Settings:
     known = {prefix + name.upper(): name for name in cls.model_fields}
     key_files = {prefix + name + _FILE_SUFFIX: name.lower() for name in ("API_KEY", "ADMIN_KEY")}
     _refuse_unknown([name for name in os.environ if prefix and name.upper().startswith(prefix)], {*known, *key_files})
-    keys = {field: _read_key(variable) for variable, field in key_files.items() if os.environ.get(variable)}
+    keys: dict[str, Any] = {
+        field: _read_key(variable) for variable, field in key_files.items() if os.environ.get(variable)
+    }
     for field in keys:
         if os.environ.get(prefix + field.upper()):
             raise StartupError(f"{prefix}{field.upper()} and {prefix}{field.upper()}{_FILE_SUFFIX} are both set")

@@ -25,8 +25,8 @@ def refusal(errors: Sequence[Mapping[str, Any]], *, within: str | None = None) -
     if first["type"] == "json_invalid":
         reason = str(first.get("ctx", {}).get("error") or first["msg"])
         return RequestError(f"the body is not valid JSON: {reason}", param=within)
-    param = _dotted(first["loc"], unknown_field=first["type"] == "extra_forbidden")
-    param = ".".join(part for part in (within, param) if part) or None
+    path = _dotted(first["loc"], unknown_field=first["type"] == "extra_forbidden")
+    param = ".".join(part for part in (within, path) if part) or None
     message = str(first["msg"]).removeprefix("Value error, ")
     return InvalidRequest(f"{param}: {message}" if param else message, param=param)
 

@@ -1,4 +1,4 @@
-"""Vectors on the wire: JSON with nested lists, JSON with base64, or an Arrow IPC stream. Both directions, exact to the bit.
+"""Vectors on the wire: JSON with nested lists, JSON with base64, or an Arrow IPC stream; exact to the bit, both ways.
 
 ========  =====================================  ============================================================
 form      Content-Type                           vectors

@@ -1,0 +1,122 @@
+"""Runs an app until it is told to stop, and then lets the requests in flight finish."""
+
+import asyncio
+import logging
+import math
+import signal
+import socket
+import sys
+import time
+from types import FrameType
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+
+from shared.auth import auth_is_on
+from shared.drain import Drain
+from shared.errors import StartupError
+from shared.logs import configure_logging
+from shared.settings import ServiceSettings
+
+log = structlog.get_logger(__name__)
+
+_KEEP_ALIVE_S = (
+    75  # longer than pooled clients keep an idle connection, so that they close first, not we under a request
+)
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server, which goes on listening while it drains.
+
+    uvicorn itself closes its sockets at once: a client that was sent here a moment ago then finds the connection
+    refused. Here it reads a 503 with Retry-After until the last request in flight is done, or the time is up.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain: Drain, drain_timeout_s: float) -> None:
+        super().__init__(config)
+        self.drain = drain
+        self.drain_timeout_s = drain_timeout_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  uvicorn's signature
+        # Unlike uvicorn's, it does not keep the signal to raise it again: a drained stop is a success.
+        self.drain.begin()
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        until_s = time.monotonic() + self.drain_timeout_s
+        log.info("draining", in_flight=self.drain.in_flight)
+        while self.drain.in_flight and time.monotonic() < until_s and not self.force_exit:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        if self.drain.in_flight:
+            log.warning("drain_timed_out", in_flight=self.drain.in_flight)
+        # What is left of the time is for clients that read slowly; then tasks are cancelled.
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(until_s - time.monotonic()))
+        await super().shutdown(sockets)
+
+
+def serve(app: FastAPI, settings: ServiceSettings) -> int:
+    """Serves until SIGTERM or SIGINT; the exit code. A StartupError ends in one line on standard error and code 3."""
+    configure_logging(settings.log_level, settings.log_format)
+    config = uvicorn.Config(
+        app,
+        lifespan="off",  # entered in _run, where a StartupError can be caught; uvicorn would print its trace
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_keep_alive=_KEEP_ALIVE_S,
+    )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    try:
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(_run(app, settings, config))
+    except StartupError as error:
+        print(f"error: {error.message}", file=sys.stderr)  # noqa: T201  for the person who started it
+        return error.exit_code
+    except KeyboardInterrupt:  # before the server took over the signals
+        return 128 + signal.SIGINT
+    return 0
+
+
+async def _run(app: FastAPI, settings: ServiceSettings, config: uvicorn.Config) -> None:
+    # Bound first, so that a taken port shows before a model is loaded; it listens only when the app can answer.
+    with _bind(settings) as sock:
+        async with app.router.lifespan_context(app):
+            host, port = sock.getsockname()[:2]
+            log.info("listening", url=f"http://{_bracketed(host)}:{port}", keys=auth_is_on(settings))
+            if not auth_is_on(settings) and not _is_loopback(host):
+                log.warning("open_to_the_network", advice="set an admin key, or listen on 127.0.0.1")
+            await DrainingServer(config, app.state.drain, settings.drain_timeout_s).serve(sockets=[sock])
+        log.info("stopped")
+
+
+def _bind(settings: ServiceSettings) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise StartupError(f"cannot listen on host {settings.host}: {error}") from None
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        prefix = settings.model_config.get("env_prefix", "")
+        raise StartupError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; set {prefix}PORT to another port"
+        ) from None
+    sock.set_inheritable(False)
+    return sock
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "::1" or host.startswith("127.")
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

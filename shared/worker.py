@@ -1,0 +1,265 @@
+"""One thread that owns a device, and the bounded queue in front of it.
+
+torch models and faiss indexes are used by one thread each: it loads them, warms them up and is the only one to touch
+them. Requests wait in a queue; the thread takes the oldest, adds those behind it that may share a batch (an equal key),
+runs the batch and hands each result to the event loop that waits for it. Whatever happens, every item that was taken in
+ends in exactly one outcome: a result, an error, or nobody waiting any more.
+"""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import structlog
+
+from shared.deadline import Deadline
+from shared.errors import DeadlineExceeded, InferenceError, Overloaded, RagError, Unavailable
+from shared.metrics import WorkerMetrics
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class _Entry(Generic[Item, Result]):
+    """An item and who waits for it."""
+
+    item: Item
+    key: Hashable
+    size: int
+    deadline: Deadline
+    loop: asyncio.AbstractEventLoop
+    future: "asyncio.Future[Result]"
+
+    @property
+    def wanted(self) -> bool:
+        return not self.future.done() and not self.deadline.expired
+
+    def resolve(self, result: Result) -> None:
+        self._on_loop(lambda: self.future.set_result(result))
+
+    def reject(self, error: BaseException) -> None:
+        self._on_loop(lambda: self.future.set_exception(error))
+
+    def _on_loop(self, settle: Callable[[], None]) -> None:
+        def unless_done() -> None:
+            if not self.future.done():  # it may have been cancelled on the way here
+                settle()
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and with it everyone who waited
+            self.loop.call_soon_threadsafe(unless_done)
+
+
+class DeviceWorker(Generic[Item, Result]):
+    """Runs ``run_batch`` on batches of items, one at a time, in a thread of its own.
+
+    Args:
+        run_batch: called in the thread; returns one result an item, in order.
+        name: of the thread, in logs and metrics.
+        setup: called in the thread first (load, warm up); what it raises, :meth:`start` raises.
+        key: items with equal keys may share a batch.
+        size: what an item adds to its batch.
+        max_batch_size: largest sum of sizes; an item above it runs alone.
+        max_wait_ms: how long a batch waits for company after its first item was taken, and only while nothing
+            else waits: with a queue behind it there is company already.
+        max_queue: items that may wait; the next one is refused.
+        metrics: where batches are counted.
+    """
+
+    def __init__(
+        self,
+        run_batch: Callable[[list[Item]], Sequence[Result]],
+        *,
+        name: str,
+        setup: Callable[[], None] | None = None,
+        key: Callable[[Item], Hashable],
+        size: Callable[[Item], int],
+        max_batch_size: int,
+        max_wait_ms: float,
+        max_queue: int,
+        metrics: WorkerMetrics | None = None,
+    ) -> None:
+        self._run_batch = run_batch
+        self._setup = setup
+        self._key = key
+        self._size = size
+        self._max_batch_size = max_batch_size
+        self._max_wait_s = max_wait_ms / 1000
+        self._max_queue = max_queue
+        self._metrics = metrics
+        self.name = name
+
+        self._queue: deque[_Entry[Item, Result]] = deque()
+        self._changed = threading.Condition()  # guards everything below, and the queue
+        self._accepting = False
+        self._stopping = False
+        self._failure: str | None = None
+        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+        if metrics is not None:
+            metrics.watch_queue(lambda: self.queue_depth)
+
+    # --- on the event loop -----------------------------------------------------------------------------
+
+    @property
+    def failure(self) -> str | None:
+        """Why the worker is dead, or None."""
+        return self._failure
+
+    @property
+    def queue_depth(self) -> int:
+        """Items that wait for a batch."""
+        return len(self._queue)
+
+    async def start(self) -> None:
+        """Starts the thread and waits for ``setup``. Raises: what ``setup`` raised."""
+        if self._thread is not None:
+            raise RuntimeError(f"{self.name} was started before")
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = loop.create_future()
+        self._thread = threading.Thread(target=self._live, args=(loop, ready), name=self.name, daemon=True)
+        self._thread.start()
+        await ready
+
+    async def stop(self, timeout_s: float = 30.0) -> None:
+        """Waits for the batch in flight and fails what waits behind it with Unavailable.
+
+        A batch that has not ended after ``timeout_s`` dies with the process: a device call cannot be interrupted.
+        """
+        with self._changed:
+            self._accepting = False
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread is not None and not await asyncio.to_thread(self._ended.wait, timeout_s):
+            log.error("worker_did_not_stop", worker=self.name, waited_s=timeout_s)
+            self._fail_waiting("the service is stopping")
+
+    async def submit(self, item: Item, deadline: Deadline) -> Result:
+        """The item's result.
+
+        Raises:
+            Overloaded: the queue is full.
+            Unavailable: the worker is not running, died, or stopped before the item's batch.
+            DeadlineExceeded: the deadline passed; an item that had not begun never will.
+            InferenceError: the batch failed for a reason that is ours.
+            RagError: what ``run_batch`` raised on purpose.
+        """
+        deadline.check(f"{self.name} could begin")
+        loop = asyncio.get_running_loop()
+        entry: _Entry[Item, Result] = _Entry(
+            item, self._key(item), self._size(item), deadline, loop, loop.create_future()
+        )
+        with self._changed:
+            if not self._accepting:
+                raise Unavailable(self._failure or f"{self.name} is not running", retry_after_s=1)
+            if len(self._queue) >= self._max_queue:
+                raise Overloaded(f"{self._max_queue} requests wait for {self.name} already", retry_after_s=1)
+            self._queue.append(entry)
+            self._changed.notify()
+        try:
+            async with asyncio.timeout(deadline.remaining_s):
+                return await entry.future
+        except TimeoutError:
+            raise DeadlineExceeded(f"the deadline passed while {self.name} was busy") from None
+        finally:
+            entry.future.cancel()  # tells the thread that nobody waits; without effect on a settled future
+            self._forget(entry)
+
+    def _forget(self, entry: _Entry[Item, Result]) -> None:
+        """Frees the place of an item that nobody waits for, so that it keeps nobody else out."""
+        with self._changed:
+            if entry in self._queue:
+                self._queue.remove(entry)
+
+    # --- in the thread ---------------------------------------------------------------------------------
+
+    def _live(self, loop: asyncio.AbstractEventLoop, ready: "asyncio.Future[None]") -> None:
+        started: _Entry[None, None] = _Entry(None, None, 0, Deadline(float("inf")), loop, ready)
+        try:
+            if self._setup is not None:
+                self._setup()
+        except BaseException as error:  # noqa: BLE001  handed to start(), whatever it is
+            self._failure = f"{self.name} could not start: {error}"
+            started.reject(error)
+            self._ended.set()
+            return
+        with self._changed:
+            self._accepting = not self._stopping
+        started.resolve(None)
+        try:
+            while batch := self._next_batch():
+                self._run(batch)
+        except BaseException as error:
+            log.exception("worker_died", worker=self.name)
+            self._failure = f"{self.name} died: {type(error).__name__}"
+        finally:
+            self._fail_waiting(self._failure or "the service is stopping")
+            self._ended.set()
+
+    def _next_batch(self) -> list[_Entry[Item, Result]]:
+        """The oldest item and those that may join it; empty when the worker is to stop."""
+        with self._changed:
+            while not self._queue and not self._stopping:
+                self._changed.wait()
+            if self._stopping:
+                return []
+            # The head of the queue is in every batch, so no key can starve another.
+            batch = [self._queue.popleft()]
+            until_s = time.monotonic() + self._max_wait_s
+            while self._join(batch) and not self._queue and not self._stopping:
+                remaining_s = until_s - time.monotonic()
+                if remaining_s <= 0 or not self._changed.wait(remaining_s):
+                    break
+            return batch
+
+    def _join(self, batch: list[_Entry[Item, Result]]) -> bool:
+        """Moves the items that fit from the queue into the batch, in order; whether there is room for more."""
+        room = self._max_batch_size - sum(entry.size for entry in batch)
+        for entry in [entry for entry in self._queue if entry.key == batch[0].key]:
+            if entry.size > room:
+                return False  # a smaller one behind it must not overtake it
+            self._queue.remove(entry)
+            batch.append(entry)
+            room -= entry.size
+        return room > 0
+
+    def _run(self, batch: list[_Entry[Item, Result]]) -> None:
+        wanted = [entry for entry in batch if entry.wanted]
+        if not wanted:
+            return
+        began_s = time.monotonic()
+        try:
+            results = self._run_batch([entry.item for entry in wanted])
+            if len(results) != len(wanted):
+                raise RuntimeError(f"{len(results)} results for {len(wanted)} items")
+        except RagError as error:
+            self._reject(wanted, error)
+        except Exception:
+            log.exception("batch_failed", worker=self.name, items=len(wanted))
+            self._reject(wanted, InferenceError("the computation failed; the log has the trace"))
+        except BaseException:
+            self._reject(wanted, Unavailable(f"{self.name} died", retry_after_s=1))
+            raise
+        else:
+            for entry, result in zip(wanted, results, strict=True):
+                entry.resolve(result)
+        finally:
+            if self._metrics is not None:
+                self._metrics.ran(sum(entry.size for entry in wanted), time.monotonic() - began_s)
+
+    def _reject(self, entries: Sequence[_Entry[Item, Result]], error: RagError) -> None:
+        for entry in entries:
+            entry.reject(error.copy())
+
+    def _fail_waiting(self, why: str) -> None:
+        with self._changed:
+            self._accepting = False
+            waiting, self._queue = list(self._queue), deque()
+        self._reject(waiting, Unavailable(why, retry_after_s=1))
