@@ -121,12 +121,7 @@ def render_passage(
 
 def with_article(name: str) -> str:
     """`the Netherlands`, but `France`."""
-    words = name.split()
-    definite = (
-        name in _ARTICLE_NAMES | _ARTICLE_ALIASES
-        or (words[-1] in _ARTICLE_WORDS and words[0] != "The")
-        or " of the " in name
-    )
+    definite = name in _ARTICLE_NAMES or name.rsplit(maxsplit=1)[-1] in _ARTICLE_WORDS or " of the " in name
     return f"the {name}" if definite else name
 
 

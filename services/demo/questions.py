@@ -10,83 +10,16 @@ from services.demo.corpus import Passage, with_article
 from services.demo.facts import KINDS, Entity, Kind, Split, fold, unaccented
 from services.demo.names import MarkovNames
 from services.demo.wording import NAME, WORDINGS, Wording
+from services.demo.wording.frames import ALIASES, FRAMES, NOUNS, POLITE, STOP_WORDS
 from services.demo.wording.unanswerable import FICTION, UNKNOWN_FACTS
 
 KIND_WEIGHTS: dict[Kind, float] = {"city": 0.5, "country": 0.33, "element": 0.07, "airport": 0.1}
 
-# Frames that ask for any fact that has a name of its own.
-FRAMES = (
-    "What is the {p} of {n}?",
-    "What's the {p} of {n}?",
-    "What is {n}'s {p}?",
-    "What's {n}'s {p}?",
-    "Tell me the {p} of {n}.",
-    "Tell me {n}'s {p}.",
-    "Give me the {p} of {n}.",
-    "Do you know the {p} of {n}?",
-    "{n} {p}",
-    "{p} {n}",
-    "{p} of {n}",
-    "I need the {p} of {n}.",
-    "Which {p} does {n} have?",
-    "What {p} does {n} have?",
-    "Show the {p} for {n}",
-    "Find the {p} of {n}.",
-    "Could you tell me the {p} of {n}?",
-    "{n}: {p}?",
-    "Please give the {p} of {n}.",
-    "What would be the {p} of {n}?",
-    "And the {p} of {n}?",
-    "Name the {p} of {n}.",
-    "What {p} is there for {n}?",
-    "What is the {p} for {n}?",
-    "For {n}, what is the {p}?",
-    "The {p} of {n} is what?",
-    "Look up the {p} of {n}.",
-    "What do you know about the {p} of {n}?",
-)
 FRAME_RATE = 0.3
-STOP_WORDS = frozenset(
-    ("the", "is", "of", "a", "an", "in", "what", "which", "does", "do", "are", "that", "there", "to", "on", "at")
-)
-POLITE = ("Please tell me: ", "I want to know: ", "Hi, ", "Can you tell me: ", "Hello, ", "Quick question: ", "So, ")
-
+NOUN_RATE = 0.05  # "the city of Paris"
+COUNTRY_RATE = 0.06  # "Paris, France"
+ALIAS_RATE = 0.25  # "the USA"
 NAME_ENDINGS: dict[Kind, str] = {"element": "ium", "airport": " International Airport"}
-
-# How often a name comes with what it names ("the city of Paris"), a city with its country ("Paris, France").
-NOUN_RATE = 0.05
-COUNTRY_RATE = 0.06
-NOUNS: dict[Kind, str] = {"city": "the city of {n}", "country": "the country {n}", "element": "the element {n}"}
-
-# Other names that people use. Nobody can guess these, so only entities of the training split are asked about by them.
-ALIAS_RATE = 0.25
-ALIASES: dict[str, tuple[str, ...]] = {
-    "Aluminum": ("aluminium",),
-    "Bengaluru": ("Bangalore",),
-    "Cabo Verde": ("Cape Verde",),
-    "Cesium": ("caesium",),
-    "Chattogram": ("Chittagong",),
-    "Czechia": ("Czech Republic",),
-    "Democratic Republic of the Congo": ("DR Congo",),
-    "Gent": ("Ghent",),
-    "Ho Chi Minh City": ("Saigon", "HCMC"),
-    "Ivory Coast": ("Côte d'Ivoire",),
-    "Kolkata": ("Calcutta",),
-    "Kyiv": ("Kiev",),
-    "Köln": ("Cologne",),
-    "Makkah": ("Mecca",),
-    "Mexico City": ("CDMX", "Ciudad de México"),
-    "Mumbai": ("Bombay",),
-    "Netherlands": ("Holland",),
-    "New York City": ("New York", "NYC"),
-    "Sulfur": ("sulphur",),
-    "Turkey": ("Türkiye",),
-    "United Arab Emirates": ("UAE",),
-    "United Kingdom": ("UK", "Great Britain"),
-    "Washington": ("Washington, D.C.", "Washington DC"),
-    "Yangon": ("Rangoon",),
-    "United States": ("USA", "US", "United States of America", "America"),
-}
 
 # Facts for which a city of the same name would be just as good an answer: their questions keep the word "airport".
 _SHARED_WITH_CITY = frozenset({"country", "timezone", "city"})

@@ -1,6 +1,7 @@
 """The 118 chemical elements, from mendeleev."""
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -40,8 +41,7 @@ def collect() -> Iterator[tuple[str, dict[str, str]]]:
     """Name and facts of each element, by atomic number."""
     element: Any  # SQLAlchemy columns, which the package types as such
     for element in get_all_elements():
-        melting = _celsius(element.melting_point)
-        boiling = _celsius(element.boiling_point)
+        melting, boiling = _celsius(element, "melting_point"), _celsius(element, "boiling_point")
         if melting is not None and boiling is not None and boiling < melting:
             boiling = None  # arsenic sublimes: it has no boiling point at normal pressure
         phase = _phase(melting, boiling)
@@ -72,7 +72,11 @@ def collect() -> Iterator[tuple[str, dict[str, str]]]:
         )
 
 
-def _celsius(kelvin: float | None) -> float | None:
+def _celsius(element: Any, point: str) -> float | None:
+    """Degrees Celsius; None for an element whose allotropes melt or boil at points of their own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*multiple allotropes")
+        kelvin: float | None = getattr(element, point)
     return round(kelvin - KELVIN, 2) if kelvin else None
 
 
