@@ -18,11 +18,15 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_FILES = [path for path in Path(__file__).parent.iterdir() if path.suffix in _CONTENT_TYPES]
+
+# Open to everyone, since a browser asks for them before a person can give a key: they hold nothing secret.
+PAGE_PATHS = frozenset({"/", *(f"/page/{path.name}" for path in _FILES)})
 
 
 def mount_page(app: FastAPI) -> None:
     """Serve `index.html` at `/` and the files that it uses at `/page/{name}`; neither is part of the API's schema."""
-    files = {path.name: _Asset(path) for path in Path(__file__).parent.iterdir() if path.suffix in _CONTENT_TYPES}
+    files = {path.name: _Asset(path) for path in _FILES}
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def index(request: Request) -> Response:

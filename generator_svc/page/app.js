@@ -75,7 +75,7 @@ async function showReadiness() {
 async function showInfo() {
   const about = await info(api_key.value).catch(() => null);
   if (!about) return;
-  const bounds = { n_docs: about.limits.max_n_docs, num_beams: about.limits.max_num_beams, num_return_sequences: about.limits.max_num_return_sequences };
+  const bounds = { n_docs: about.limits.max_n_docs, num_beams: about.limits.max_beams, num_return_sequences: about.limits.max_answers };
   for (const [name, bound] of Object.entries(bounds)) if (bound) form.elements[name].max = bound;
   find("about").textContent = `generator ${about.version} on ${about.device}`;
 }
@@ -128,6 +128,8 @@ document.addEventListener("keydown", (event) => {
     question.select();
   }
 });
+
+api_key.addEventListener("change", showInfo);
 
 setUpTheme();
 showExamples();

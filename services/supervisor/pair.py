@@ -13,7 +13,9 @@ import signal
 import time
 from collections.abc import Sequence
 
-from services.client import AsyncRagClient
+import httpx
+
+from services.client import calls
 from services.client.calls import Service
 from services.supervisor.child import Child, ServiceSpec
 from services.supervisor.reporter import Reporter
@@ -88,18 +90,14 @@ class Pair:
     async def _until_ready(self, specs: Sequence[ServiceSpec]) -> None:
         """Poll `/readyz` of ``specs`` until each has said yes."""
         waiting = list(specs)
-        while waiting:
-            reasons: dict[Service, list[str]] = {}
-            for spec in list(waiting):
-                async with AsyncRagClient(spec.url, retriever_url=spec.url, timeout_s=5) as client:
-                    health = await client.ready(spec.name)
-                if health.status == "ok":
-                    waiting.remove(spec)
-                else:
-                    reasons[spec.name] = health.reasons
-            self._reporter.waiting(reasons)
-            if waiting:
-                await asyncio.sleep(_POLL_S)
+        # trust_env: a proxy of the environment is not for services on this machine.
+        async with httpx.AsyncClient(timeout=5, trust_env=False) as http:
+            while waiting:
+                reasons = {spec.name: await _why_not_ready(http, spec) for spec in waiting}
+                waiting = [spec for spec in waiting if reasons[spec.name]]
+                self._reporter.waiting({spec.name: reasons[spec.name] for spec in waiting})
+                if waiting:
+                    await asyncio.sleep(_POLL_S)
 
     async def _announce_return(self, spec: ServiceSpec) -> None:
         began = time.monotonic()
@@ -119,3 +117,13 @@ class Pair:
         else:
             self._reporter.note(f"{number.name}: requests in flight are finished, then both services stop")
             self._stop.set()
+
+
+async def _why_not_ready(http: httpx.AsyncClient, spec: ServiceSpec) -> list[str]:
+    """The reasons that the service gives; none where it is ready."""
+    try:
+        response = await http.get(f"{spec.url}/readyz")
+    except httpx.TransportError:
+        return ["starting"]  # it listens only once it can say more
+    health = calls.read(calls.ready(spec.name), response)
+    return [] if health.status == "ok" else health.reasons or ["no reason given"]

@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI
 
 import generator_svc.page
-from generator_svc.page import mount_page
+from generator_svc.page import PAGE_PATHS, mount_page
 
 PAGE = Path(generator_svc.page.__file__).parent
 
@@ -38,6 +38,12 @@ async def test_files_come_with_their_type_and_a_policy_without_inline_code(
     assert "unsafe" not in response.headers["Content-Security-Policy"]
     assert "default-src 'none'" in response.headers["Content-Security-Policy"]
     assert response.headers["X-Content-Type-Options"] == "nosniff"
+
+
+async def test_the_paths_that_need_no_key_are_the_ones_served(page: httpx.AsyncClient) -> None:
+    assert {"/", "/page/app.js"} < PAGE_PATHS
+    for path in PAGE_PATHS:
+        assert (await page.get(path)).status_code == 200
 
 
 async def test_a_file_that_has_not_changed_is_not_sent_again(page: httpx.AsyncClient) -> None:
