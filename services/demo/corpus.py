@@ -121,7 +121,8 @@ def render_passage(
 
 def with_article(name: str) -> str:
     """`the Netherlands`, but `France`."""
-    definite = name in _ARTICLE_NAMES or name.rsplit(maxsplit=1)[-1] in _ARTICLE_WORDS or " of the " in name
+    known = name in _ARTICLE_NAMES | _ARTICLE_ALIASES
+    definite = known or name.rsplit(maxsplit=1)[-1] in _ARTICLE_WORDS or " of the " in name
     return f"the {name}" if definite else name
 
 
