@@ -57,9 +57,15 @@ class Checkpoint:
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """The tokens that end an answer; none where the checkpoint names none."""
+        """The tokens that end an answer."""
         eos = self.generation_defaults.eos_token_id
-        return list(eos) if isinstance(eos, list) else [] if eos is None else [int(eos)]
+        return list(eos) if isinstance(eos, list) else [int(eos)]
+
+    @property
+    def forced_bos_token_id(self) -> int | None:
+        """The token that opens every answer, whatever the model says; None: the model decides."""
+        forced: int | None = self.generation_defaults.forced_bos_token_id
+        return forced
 
     @property
     def max_source_tokens(self) -> int:
@@ -137,8 +143,9 @@ def load_checkpoint(
         output_loading_info=True,
     )
     _check_weights(name, report)
-    if model.generation_config.decoder_start_token_id is None:
-        raise StartupError(f"{name}: config.generator names no decoder_start_token_id, so that no answer can begin")
+    for token, need in (("decoder_start_token_id", "begin"), ("eos_token_id", "end")):
+        if getattr(model.generation_config, token) is None:
+            raise StartupError(f"{name}: config.generator names no {token}, so that no answer can {need}")
     fingerprint = encoder_fingerprint(model.question_encoder, question_tokenizer)
     model.eval().to(device)
     model.generator.to(dtype)

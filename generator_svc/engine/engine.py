@@ -157,8 +157,7 @@ class RagEngine:
 
     def _score(self, found: Sequences, contexts: Contexts, states: Tensor, strategy: Strategy) -> Scored:
         checkpoint = self.checkpoint
-        forced_bos = checkpoint.generation_defaults.forced_bos_token_id
-        counted = counted_tokens(found.sequences, checkpoint.eos_token_ids, forced_bos)
+        counted = counted_tokens(found.sequences, checkpoint.eos_token_ids, checkpoint.forced_bos_token_id)
         log_probs = found.log_probs
         if log_probs is None:
             rows = contexts.rows[found.question]

@@ -147,5 +147,5 @@ def _rank_scores(
     is_pad_CT = labels_CT == pad_token_id
     counted_CNT = log_probs_CNT.masked_fill(is_pad_CT.unsqueeze(1), 0.0)[:, :, int(opens_with_bos) :]
     has_second_C = ~is_pad_CT[:, 1] if labels_CT.shape[1] > 1 else torch.zeros_like(is_pad_CT[:, 0])
-    prior_CN = doc_scores_N.float().log_softmax(dim=0) * has_second_C.unsqueeze(1)
+    prior_CN = torch.where(has_second_C.unsqueeze(1), doc_scores_N.float().log_softmax(dim=0), 0.0)
     return (counted_CNT.sum(dim=2) + prior_CN).logsumexp(dim=1)

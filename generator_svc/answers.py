@@ -1,0 +1,58 @@
+"""Answers as text and as the token ids that the decoder writes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from generator_svc.checkpoint import Checkpoint
+from shared.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class EncodedAnswer:
+    """An answer and the `sequence` that generation writes for it: start token, answer, end-of-sequence token."""
+
+    text: str
+    sequence: list[int]
+
+
+class AnswerCodec:
+    """Text of generated ids, and the ids under which an answer's text is scored."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._tokenizer = checkpoint.generator_tokenizer
+        self._start = int(checkpoint.generation_defaults.decoder_start_token_id)
+        self._forced_bos = checkpoint.forced_bos_token_id
+        self._eos = checkpoint.eos_token_ids
+        self._max_tokens = checkpoint.max_target_tokens
+        self._needs_space = _spaces_belong_to_words(checkpoint)
+
+    def text(self, sequence: Sequence[int]) -> str:
+        """The text of a generated sequence, without special tokens and outer space."""
+        return str(self._tokenizer.decode(list(sequence), skip_special_tokens=True)).strip()
+
+    def encode(self, answer: str) -> EncodedAnswer:
+        """The sequence under which an answer's text is scored.
+
+        RAG was trained on answers with a space in front (`encode_line` of its training code), so that BART's
+        tokenizer gives their first word the token that it has within a passage. An end-of-sequence token, and a
+        beginning that the checkpoint forces, are added where the tokenizer adds none.
+
+        Raises:
+            InvalidRequest: longer than the generator can write.
+        """
+        spaced = f" {answer}" if self._needs_space and not answer.startswith(" ") else answer
+        ids: list[int] = self._tokenizer(spaced, verbose=False)["input_ids"]
+        if self._forced_bos is not None and ids[:1] != [self._forced_bos]:
+            ids = [self._forced_bos, *ids]
+        if not ids or ids[-1] not in self._eos:
+            ids = [*ids, self._eos[0]]
+        if len(ids) > self._max_tokens:
+            raise InvalidRequest(f"an answer takes more than {self._max_tokens} tokens", param="answers")
+        return EncodedAnswer(answer, [self._start, *ids])
+
+
+def _spaces_belong_to_words(checkpoint: Checkpoint) -> bool:
+    """Whether a space in front changes a word's token, as in BART's byte-level BPE, and none is put there anyway."""
+    tokenizer = checkpoint.generator_tokenizer
+    plain, spaced = (tokenizer.tokenize(text)[:1] for text in ("a", " a"))
+    return spaced != plain and not plain[0].startswith(("Ġ", "▁"))

@@ -1,0 +1,128 @@
+"""What a running generator holds, and how it starts, stops and reports on itself."""
+
+from collections.abc import Sequence
+
+import tokenizers
+import torch
+import transformers
+from prometheus_client import CollectorRegistry
+
+from generator_svc.checkpoint import load_checkpoint
+from generator_svc.pipeline import Pipeline
+from generator_svc.readiness import RetrieverWatch
+from generator_svc.retriever_client import RetrieverClient
+from generator_svc.settings import GeneratorSettings
+from generator_svc.stages import Job, Outcome, Stages, batch_key, batch_size
+from shared.errors import StartupError
+from shared.metrics import WorkerMetrics
+from shared.schemas import ServiceInfo
+from shared.version import VERSION
+from shared.worker import DeviceWorker
+
+
+class GeneratorService:
+    """The model in its worker's thread, the way to the retriever, and the pipeline over both.
+
+    `stages` and `pipeline` are there once `start` has returned.
+    """
+
+    stages: Stages
+    pipeline: Pipeline
+
+    def __init__(self, settings: GeneratorSettings) -> None:
+        self._settings = settings
+        self._watch: RetrieverWatch | None = None
+
+    async def start(self, registry: CollectorRegistry) -> None:
+        """Load, warm up, and begin to watch the retriever, which need not be there yet.
+
+        Raises:
+            StartupError: the checkpoint or the device cannot be used.
+        """
+        settings = self._settings
+        self._worker: DeviceWorker[Job, Outcome] = DeviceWorker(
+            self._run,
+            name="generator",
+            setup=self._load,
+            key=batch_key,
+            size=batch_size,
+            max_batch_size=settings.max_batch_rows,
+            max_wait_ms=settings.max_wait_ms,
+            max_queue=settings.max_queue,
+            metrics=WorkerMetrics(registry, "generator"),
+        )
+        await self._worker.start()
+        checkpoint = self.stages.checkpoint
+        self._retriever = RetrieverClient(settings, settings.index_encoder or checkpoint.encoder)
+        self.pipeline = Pipeline(settings, checkpoint, self._worker, self._retriever)
+        self._watch = RetrieverWatch(self._retriever, settings.readiness_interval_s)
+        await self._watch.start()
+
+    async def stop(self) -> None:
+        if self._watch is not None:
+            await self._watch.stop()
+        await self._worker.stop()
+        await self._retriever.aclose()
+
+    def problems(self) -> list[str]:
+        """Why a question cannot be answered now; empty when it can."""
+        if self._watch is None:
+            return ["the service is starting"]
+        return [problem for problem in (self._worker.failure, self._watch.problem) if problem is not None]
+
+    def info(self) -> ServiceInfo:
+        checkpoint, encoder = self.stages.checkpoint, self.stages.encoder
+        return ServiceInfo(
+            service="generator",
+            version=VERSION,
+            versions={
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "tokenizers": tokenizers.__version__,
+            },
+            device=str(checkpoint.device),
+            limits={
+                **self._settings.limits,
+                # The checkpoint's own bounds, where they are narrower.
+                "max_new_tokens": min(self._settings.max_new_tokens, checkpoint.max_target_tokens),
+                "max_source_tokens": checkpoint.max_source_tokens,
+            },
+            model={
+                "name": checkpoint.name,
+                "strategies": list(checkpoint.strategies),
+                "n_docs": checkpoint.config.n_docs,
+                "dtype": str(checkpoint.dtype).removeprefix("torch."),
+                "encoder": checkpoint.encoder,
+                "index_encoder": self._retriever.encoder,
+                "dimension": encoder.dimension,
+            },
+        )
+
+    def _run(self, jobs: list[Job]) -> Sequence[Outcome]:
+        """In the worker's thread."""
+        return self.stages.run(jobs)
+
+    def _load(self) -> None:
+        """In the worker's thread."""
+        settings = self._settings
+        if settings.torch_threads:
+            torch.set_num_threads(settings.torch_threads)
+        checkpoint = load_checkpoint(
+            settings.checkpoint,
+            device=choose_device(settings.device),
+            dtype=getattr(torch, settings.dtype),
+            any_strategy=settings.any_strategy,
+        )
+        self.stages = Stages(checkpoint)
+        self.stages.warm_up()
+
+
+def choose_device(setting: str) -> torch.device:
+    """Raises: StartupError: no such device here."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if setting == "auto" else setting
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        raise StartupError(f"the device {name!r} cannot be used: {error}; set GENERATOR_DEVICE=cpu") from error
+    return device

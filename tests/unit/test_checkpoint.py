@@ -1,0 +1,153 @@
+"""Checkpoints that load, and those that are refused with the reason."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BartConfig, RagModel
+
+from generator_svc.checkpoint import load_checkpoint
+from generator_svc.fingerprint import encoder_fingerprint
+from shared.errors import InvalidRequest, StartupError
+from tests.tiny_checkpoint import BOTH_HEADS, generator_tokenizer, save_tiny_checkpoint, tiny_model
+
+TOKEN, SEQUENCE = BOTH_HEADS
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_tiny_checkpoint(tmp_path / "tiny")
+
+
+def edit_weights(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_weights_load_as_they_were_saved_tied_ones_included(folder: Path) -> None:
+    loaded, made = load_checkpoint(folder).model.state_dict(), tiny_model().state_dict()
+    assert loaded.keys() == made.keys()
+    assert all(torch.equal(loaded[name], made[name]) for name in made)
+
+
+def test_half_precision_on_disk_keeps_the_encoders_fingerprint(tmp_path: Path) -> None:
+    half = load_checkpoint(save_tiny_checkpoint(tmp_path / "half", dtype=torch.float16))
+    assert half.model.generator.dtype == torch.float32
+    expected = tiny_model().half().float()
+    assert half.encoder == encoder_fingerprint(expected.question_encoder, half.question_tokenizer)
+
+
+def test_the_question_encoder_stays_in_float32(folder: Path) -> None:
+    checkpoint = load_checkpoint(folder, dtype=torch.bfloat16)
+    assert checkpoint.model.generator.dtype == torch.bfloat16
+    assert checkpoint.model.question_encoder.dtype == torch.float32
+    assert checkpoint.encoder == load_checkpoint(folder).encoder
+
+
+@pytest.mark.parametrize(
+    ("architectures", "strategies"),
+    [
+        ([TOKEN], ("token",)),
+        ([SEQUENCE], ("sequence",)),
+        ([SEQUENCE, TOKEN], ("sequence", "token")),
+        (["RagModel"], ("token", "sequence")),
+        (None, ("token", "sequence")),
+    ],
+)
+def test_architectures_say_which_heads_may_answer(tmp_path: Path, architectures, strategies) -> None:
+    checkpoint = load_checkpoint(save_tiny_checkpoint(tmp_path, architectures=architectures))
+    assert checkpoint.strategies == strategies
+    assert checkpoint.strategy(None) == strategies[0]
+
+
+def test_the_other_head_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path, architectures=[SEQUENCE])
+    with pytest.raises(InvalidRequest, match="trained for strategy 'sequence'") as refused:
+        load_checkpoint(tmp_path).strategy("token")
+    assert refused.value.param == "strategy"
+    assert load_checkpoint(tmp_path, any_strategy=True).strategies == ("sequence", "token")
+
+
+def test_a_bare_rag_model_loads(tmp_path: Path, folder: Path) -> None:
+    bare = RagModel(tiny_model().config, tiny_model().question_encoder, tiny_model().generator)
+    bare.save_pretrained(tmp_path / "bare")
+    for tokenizer in ("question_encoder_tokenizer", "generator_tokenizer"):
+        shutil.copytree(folder / tokenizer, tmp_path / "bare" / tokenizer)
+    assert load_checkpoint(tmp_path / "bare").strategies == ("token", "sequence")
+
+
+def test_weights_that_rag_never_reads_are_let_be(folder: Path) -> None:
+    pooler = "rag.question_encoder.question_encoder.bert_model.pooler.dense.weight"  # published checkpoints have it
+    edit_weights(folder, lambda weights: weights.update({pooler: torch.zeros(2, 2)}))
+    load_checkpoint(folder)
+
+
+def test_missing_left_over_and_misshapen_weights_are_all_listed(folder: Path) -> None:
+    layer = "rag.generator.model.decoder.layers.0"
+
+    def change(weights) -> None:
+        del weights[f"{layer}.fc1.weight"]
+        weights["rag.generator.model.decoder.layers.7.fc1.weight"] = torch.zeros(2)
+        weights[f"{layer}.fc2.weight"] = torch.zeros(3, 3)
+
+    edit_weights(folder, change)
+    with pytest.raises(StartupError) as refused:
+        load_checkpoint(folder)
+    assert f"1 missing: {layer}.fc1.weight" in refused.value.message
+    assert "1 left over: rag.generator.model.decoder.layers.7.fc1.weight" in refused.value.message
+    assert f"1 of another shape: {layer}.fc2.weight (3, 3), not (32, 48)" in refused.value.message
+
+
+@pytest.mark.parametrize("missing", ["question_encoder_tokenizer", "generator_tokenizer"])
+def test_a_missing_tokenizer_is_named(folder: Path, missing: str) -> None:
+    shutil.rmtree(folder / missing)
+    with pytest.raises(StartupError, match=missing):
+        load_checkpoint(folder)
+
+
+def test_swapped_tokenizers_are_refused(folder: Path) -> None:
+    (folder / "question_encoder_tokenizer").rename(folder / "other")
+    (folder / "generator_tokenizer").rename(folder / "question_encoder_tokenizer")
+    (folder / "other").rename(folder / "generator_tokenizer")
+    with pytest.raises(StartupError, match="tokenizer"):
+        load_checkpoint(folder)
+
+
+def test_a_tokenizer_larger_than_the_embedding_table_is_refused(folder: Path) -> None:
+    larger = generator_tokenizer().__class__.from_pretrained(folder / "generator_tokenizer")
+    larger.add_tokens(["<one>", "<more>"])
+    larger.save_pretrained(folder / "generator_tokenizer")
+    with pytest.raises(StartupError, match=r"generator_tokenizer has \d+ tokens and the generator embeds \d+"):
+        load_checkpoint(folder)
+
+
+def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    BartConfig().save_pretrained(tmp_path)
+    with pytest.raises(StartupError, match="'bart' model, not a RAG checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="there is no checkpoint folder .*nowhere"):
+        load_checkpoint(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("spoilt", ["config.json", "model.safetensors"])
+def test_a_broken_file_is_a_start_up_error(folder: Path, spoilt: str) -> None:
+    (folder / spoilt).write_bytes(b"\x00not what it says")
+    with pytest.raises(StartupError, match="cannot read"):
+        load_checkpoint(folder)
+
+
+def test_without_a_decoder_start_token_no_answer_can_begin(folder: Path) -> None:
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((folder / name).read_text())
+        for part in (config, config.get("generator", {})):
+            part["decoder_start_token_id"] = None
+        (folder / name).write_text(json.dumps(config))
+    with pytest.raises(StartupError, match="decoder_start_token_id"):
+        load_checkpoint(folder)
