@@ -6,7 +6,6 @@ removes. One build of a collection runs at a time: a lock file, released by the 
 """
 
 import fcntl
-import logging
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import structlog
 
 from retriever_svc import generation as gen
 from retriever_svc.index import FlatBuilder
@@ -32,7 +32,7 @@ TEMPORARY = ".building-"
 Progress = Callable[[int, int | None], None]
 """Called with the rows taken so far and the rows of the source, where known."""
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger(__name__)
 
 
 def build_collection(
@@ -77,7 +77,7 @@ def build_locked(
         raise
     gen.flush(generations)
     gen.set_current(collection, name)
-    log.info("built generation %s of %s: %d passages", name, collection.name, manifest.count)
+    log.info("generation_built", collection=collection.name, generation=name, passages=manifest.count)
     return name
 
 
@@ -89,7 +89,7 @@ def collection_lock(collection: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("another process builds %s: waiting for it", collection)
+            log.info("waiting_for_another_build", collection=collection.name)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

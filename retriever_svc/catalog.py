@@ -1,8 +1,9 @@
 """The collections of a data folder, by name."""
 
-import logging
 import re
 from pathlib import Path
+
+import structlog
 
 from retriever_svc import generation as gen
 from retriever_svc.collection import Collection
@@ -13,7 +14,7 @@ from shared.errors import NotFound, StartupError
 COLLECTIONS = "collections"
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger(__name__)
 
 
 class Catalog:
@@ -38,7 +39,7 @@ class Catalog:
             if NAME.fullmatch(name) is None:
                 raise StartupError(f"{path.parent} is no name for a collection (pattern {NAME.pattern}); rename it")
             opened[name] = Collection.open(path.parent, device=device, gpu_storage=gpu_storage)
-            log.info("serving %s: %d passages on %s", name, opened[name].index.count, opened[name].index.device)
+            log.info("serving", **opened[name].info.model_dump())
         if not opened:
             raise StartupError(
                 f"{folder} holds no collection and the seed file {seed} does not exist: name a data folder that has "

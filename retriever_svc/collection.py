@@ -76,6 +76,11 @@ class Collection:
         """The best ``n_docs[b]`` documents of each query, see :mod:`retriever_svc.ranking`."""
         return ranking.search(self.index, self.passages.ids, self.manifest.max_norm, vectors_BD, n_docs)
 
+    def warm_up(self) -> None:
+        """Search and read once, so that the first request does not pay for what libraries put off until then."""
+        (ranked,) = self.search(self.index.embeddings(np.array([0])), [1])
+        self.passages.take(ranked.rows)
+
     def passage(self, passage_id: int) -> Passage:
         """Raises: NotFound."""
         row = self.passages.row_of(passage_id)

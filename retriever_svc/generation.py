@@ -77,13 +77,13 @@ def current_generation(collection: Path) -> Path:
         name = pointer.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise StartupError(f"{pointer} cannot be read ({error}); write the name of a generation into it") from error
-    folder = collection / GENERATIONS / name
-    if not name or Path(name).name != name or not folder.is_dir():
+    folders = {path.name: path for path in (collection / GENERATIONS).glob("*/")}
+    if name not in folders:
         raise StartupError(
             f"{pointer} names {name!r}, which is no folder of {collection / GENERATIONS}; "
             "write the name of one that is there into it"
         )
-    return folder
+    return folders[name]
 
 
 def set_current(collection: Path, generation: str) -> None:

@@ -51,8 +51,6 @@ def search_batch(items: list[SearchItem], metrics: RetrieverMetrics) -> list[Ret
     done = time.perf_counter()
 
     metrics.queries.labels(collection.name).inc(len(vectors_BD))
-    metrics.batch_vectors.observe(len(vectors_BD))
-    metrics.batch_requests.observe(len(items))
     metrics.search_seconds.observe(searched - started)
     metrics.passages_seconds.observe(done - searched)
     timings_ms = {"search": (searched - started) * 1e3, "passages": (done - searched) * 1e3}

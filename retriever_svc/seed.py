@@ -3,9 +3,10 @@
 A ``default`` that somebody built himself is never touched.
 """
 
-import logging
 import time
 from pathlib import Path
+
+import structlog
 
 from retriever_svc import generation as gen
 from retriever_svc.build import build_locked, collection_lock
@@ -14,7 +15,7 @@ from shared.errors import InvalidRequest, StartupError
 
 DEFAULT = "default"
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger(__name__)
 
 
 def seed_default(collections: Path, seed: Path) -> None:
@@ -36,15 +37,15 @@ def seed_default(collections: Path, seed: Path) -> None:
             reason = _why_build(collection, fingerprint)  # another process may have built it while we waited
             if reason is None:
                 return
-            log.info("%s: building it from %s", reason, seed)
+            log.info("seeding", collection=DEFAULT, because=reason, source=str(seed))
             started = time.perf_counter()
             build_locked(collection, from_parquet(seed), origin="seed")
-            log.info("the collection `%s` was built in %.1f s", DEFAULT, time.perf_counter() - started)
+            log.info("seeded", collection=DEFAULT, seconds=round(time.perf_counter() - started, 2))
     except InvalidRequest as error:
         raise StartupError(f"the seed {seed} cannot be used: {error.message}") from error
     except OSError as error:
         if (collection / gen.CURRENT).exists():
-            log.warning("%s, but %s cannot be written (%s): serving what is there", reason, collection, error)
+            log.warning("seed_not_renewed", collection=DEFAULT, because=reason, cannot_write=str(error))
             return
         raise StartupError(
             f"the collection `{DEFAULT}` cannot be made in {collections} ({error}): "

@@ -1,0 +1,103 @@
+"""The retriever: its collections, the thread that searches them, and the limits of a request."""
+
+import time
+from dataclasses import replace
+
+from prometheus_client import CollectorRegistry
+
+from retriever_svc.catalog import Catalog
+from retriever_svc.collection import Collection
+from retriever_svc.index import use_threads
+from retriever_svc.metrics import RetrieverMetrics
+from retriever_svc.search import SearchItem, search_batch
+from retriever_svc.settings import RetrieverSettings
+from shared.deadline import Deadline
+from shared.errors import InvalidRequest, Unavailable
+from shared.metrics import WorkerMetrics
+from shared.retrieval import RetrieveQuery, RetrieveResult
+from shared.worker import DeviceWorker
+
+
+class Retriever:
+    """Answers batches of query vectors. :meth:`start` loads; every other method belongs to the event loop."""
+
+    def __init__(self, settings: RetrieverSettings, registry: CollectorRegistry) -> None:
+        self.settings = settings
+        self._metrics = RetrieverMetrics(registry)
+        self._catalog: Catalog | None = None
+        self._worker = DeviceWorker[SearchItem, RetrieveResult](
+            lambda items: search_batch(items, self._metrics),
+            name="search",
+            setup=self._load,
+            key=lambda item: item.key,
+            size=lambda item: item.size,
+            max_batch_size=settings.max_batch_size,
+            max_wait_ms=settings.max_wait_ms,
+            max_queue=settings.max_queue,
+            metrics=WorkerMetrics(registry, "search"),
+        )
+
+    def _load(self) -> None:
+        # In the worker's thread: faiss's threads and its GPU resources belong to the thread that searches.
+        use_threads(self.settings.faiss_threads)
+        catalog = Catalog.open(
+            self.settings.data_dir,
+            seed=self.settings.seed,
+            device=self.settings.device,
+            gpu_storage=self.settings.gpu_storage,
+        )
+        for collection in catalog.collections.values():
+            collection.warm_up()
+            self._metrics.passages.labels(collection.name, collection.generation).set(collection.manifest.count)
+        self._catalog = catalog
+
+    async def start(self) -> None:
+        """Raises: StartupError: nothing to serve, or a collection is damaged."""
+        await self._worker.start()
+
+    async def stop(self) -> None:
+        await self._worker.stop()
+
+    def problems(self) -> list[str]:
+        """Why no search can be answered now; empty when one can."""
+        if self._worker.failure is not None:
+            return [self._worker.failure]
+        return ["the collections are being loaded"] if self._catalog is None else []
+
+    @property
+    def collections(self) -> dict[str, Collection]:
+        return {} if self._catalog is None else self._catalog.collections
+
+    def collection(self, name: str) -> Collection:
+        """Raises: NotFound, or Unavailable while loading."""
+        if self._catalog is None:
+            raise Unavailable("the collections are being loaded", retry_after_s=1)
+        return self._catalog.get(name)
+
+    async def retrieve(self, query: RetrieveQuery, deadline: Deadline) -> RetrieveResult:
+        """The documents of each query vector; the search may be shared with other requests.
+
+        Raises: NotFound, InvalidRequest: the request; Overloaded, DeadlineExceeded, Unavailable: the service.
+        """
+        began = time.perf_counter()
+        collection = self.collection(query.collection)
+        collection.check_queries(query.vectors)
+        self._check_limits(query, collection)
+        result = await self._worker.submit(SearchItem(query, collection), deadline)
+        return replace(result, timings_ms={**result.timings_ms, "total": (time.perf_counter() - began) * 1e3})
+
+    def _check_limits(self, query: RetrieveQuery, collection: Collection) -> None:
+        limits, n_vectors = self.settings, len(query.vectors)
+        if n_vectors > limits.max_batch_vectors:
+            raise InvalidRequest(
+                f"{n_vectors} vectors in one request, at most {limits.max_batch_vectors} are taken", param="vectors"
+            )
+        if query.n_docs > limits.max_n_docs:
+            raise InvalidRequest(f"n_docs is {query.n_docs}, at most {limits.max_n_docs} is taken", param="n_docs")
+        documents = n_vectors * min(query.n_docs, collection.manifest.count)
+        if documents > limits.max_documents:
+            raise InvalidRequest(
+                f"{n_vectors} vectors with {query.n_docs} documents each make {documents} documents, "
+                f"at most {limits.max_documents} are sent in one response",
+                param="n_docs",
+            )

@@ -1,0 +1,75 @@
+"""Passages with random embeddings for the tests of the retriever, and the brute force that its answers are held to.
+
+Shapes: N passages, B queries, D dimension.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retriever_svc.source import Source, from_stream
+
+ENCODER = "sha256-0123456789abcdef"
+
+
+def random_embeddings(n: int, dimension: int, *, dtype: str = "float32", seed: int = 0) -> npt.NDArray[np.floating]:
+    return np.random.default_rng(seed).standard_normal((n, dimension)).astype(dtype)
+
+
+def tied_embeddings(n: int, dimension: int, *, dtype: str = "float32", seed: int = 0) -> npt.NDArray[np.floating]:
+    """Embeddings of few distinct values, many rows equal: exact in every precision, and full of equal scores."""
+    return np.random.default_rng(seed).integers(-1, 2, (n, dimension)).astype(dtype) / 2
+
+
+def passage_table(
+    embeddings_ND: npt.NDArray[np.floating], ids: Sequence[int] | None = None, encoder: str | None = ENCODER
+) -> pa.Table:
+    n, dimension = embeddings_ND.shape
+    ids = range(n) if ids is None else ids
+    table = pa.table(
+        {
+            "id": pa.array(ids, pa.int64()),
+            "title": [title(i) for i in ids],
+            "text": [text(i) for i in ids],
+            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embeddings_ND.ravel()), dimension),
+        }
+    )
+    return table if encoder is None else table.replace_schema_metadata({"encoder": encoder, "attribution": "made up"})
+
+
+def title(passage_id: int) -> str:
+    return f"Title {passage_id}"
+
+
+def text(passage_id: int) -> str:
+    return f"Passage {passage_id} says “{passage_id * 7}”."
+
+
+def source_of(table: pa.Table, batch_rows: int = 7) -> Source:
+    """The table as a stream of small batches."""
+    return from_stream(pa.RecordBatchReader.from_batches(table.schema, table.to_batches(max_chunksize=batch_rows)))
+
+
+def write_seed(path: Path, n: int = 50, dimension: int = 8, *, dtype: str = "float16", seed: int = 0) -> Path:
+    pq.write_table(passage_table(random_embeddings(n, dimension, dtype=dtype, seed=seed)), path)
+    return path
+
+
+def brute_force(
+    queries_BD: npt.NDArray[np.floating], embeddings_ND: npt.NDArray[np.floating], ids_N: npt.NDArray[np.int64], n: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Ids, scores and rows of the best ``n``: every inner product in float64, rounded once, equal ones by id."""
+    scores_BN = np.array(
+        [
+            [np.sum(q * d, dtype=np.float64) for d in embeddings_ND.astype(np.float64)]
+            for q in queries_BD.astype(np.float64)
+        ]
+    ).astype(np.float32)
+    rows_BN = np.array(
+        [sorted(range(len(ids_N)), key=lambda row: (-scores[row], ids_N[row]))[:n] for scores in scores_BN]
+    )
+    return ids_N[rows_BN], np.take_along_axis(scores_BN, rows_BN, axis=1), rows_BN
