@@ -8,7 +8,7 @@ vocabularies of the two tokenizers, so that every token has been part of some na
 import random
 import re
 import string
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,10 +50,8 @@ class ExampleStream:
         for entity in train:
             for fact, value in entity.facts.items():
                 self._values[entity.kind, fact].append(value)
-        self._rate = {
-            (kind, fact): len(values) / sum(entity.kind == kind for entity in train)
-            for (kind, fact), values in self._values.items()
-        }
+        of_kind = Counter(entity.kind for entity in train)
+        self._rate = {(kind, fact): len(values) / of_kind[kind] for (kind, fact), values in self._values.items()}
         self._countries = [entity.name for entity in train if entity.kind == "country"]
         self._words, self._pieces = tuple(words), tuple(pieces)
 
@@ -63,8 +61,8 @@ class ExampleStream:
         facts: dict[str, str] = {}
         while not facts:
             for fact in WORDINGS[kind]:
-                rate = self._rate.get((kind, fact), 0.0)
-                if rng.random() < min(0.9, max(0.15, rate)):
+                rate = self._rate.get((kind, fact))
+                if rate and rng.random() < min(0.9, max(0.15, rate)):
                     facts[fact] = self._value(rng, kind, fact)
         return Entity(kind, self._name_of(rng, kind, facts), "train", facts)
 
