@@ -6,22 +6,29 @@ vocabularies of the two tokenizers, so that every token has been part of some na
 """
 
 import random
-import re
-import string
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from services.demo.corpus import MAX_FACTS, passage_groups, render_passage
 from services.demo.facts import KINDS, Entity, Kind
+from services.demo.figures import FIGURES
 from services.demo.names import MarkovNames
 from services.demo.questions import ask, spoken_name
-from services.demo.sources.values import listing
+from services.demo.values import listing
 from services.demo.wording import WORDINGS
 
 KIND_WEIGHTS: dict[Kind, float] = {"city": 0.4, "country": 0.35, "element": 0.14, "airport": 0.11}
 TOKEN_NAME_RATE = 0.35
 KEEP_REAL_RATE = 0.35  # of values that are names: the real ones are met again in the corpus
+
+# Facts whose values are names, and what such values are made with.
+PLACES = ("capital", "capital_of", "city", "country", "discovery_place", "largest_city", "second_city", "state")
+NAMED = frozenset(
+    (*PLACES, "capital_timezone", "currency", "demonym", "discoverer", "language", "neighbours", "timezone")
+)
+MONEY = ("Dollar", "Franc", "Peso", "Dinar", "Rupee", "Krona", "Pound")
+ZONES = ("Europe", "Asia", "Africa", "America", "Pacific", "Australia")
 
 
 @dataclass(frozen=True)
@@ -128,93 +135,22 @@ class ExampleStream:
         """A random value of the form that the fact's real values have."""
         real = rng.choice(self._values[kind, fact])
         if fact in NAMED and rng.random() >= KEEP_REAL_RATE:
-            return NAMED[fact](self, rng)
-        if fact in RANDOM:
-            return RANDOM[fact](rng, real)
-        return real
+            return self._named_value(rng, fact)
+        return FIGURES[fact](rng, real) if fact in FIGURES else real
 
-    def _listing(self, rng: random.Random) -> str:
-        names = [
-            rng.choice(self._countries) if rng.random() < 0.6 else self.name(rng) for _ in range(rng.randint(1, 5))
-        ]
-        return listing(names)
+    def _named_value(self, rng: random.Random, fact: str) -> str:
+        """A value with an invented name in it."""
+        match fact:
+            case "discoverer":
+                return f"{self.name(rng)} {self.name(rng)}"
+            case "timezone" | "capital_timezone":
+                return f"{rng.choice(ZONES)}/{self.name(rng)}"
+            case "currency":
+                return f"{self.name(rng)} {rng.choice(MONEY)}"
+            case "neighbours":
+                return listing([self._neighbour(rng) for _ in range(rng.randint(1, 5))])
+            case _:
+                return self.name(rng)
 
-
-def _count(rng: random.Random, real: str) -> str:
-    digits = rng.choice((3, 4, 5, 6, 7, 8))
-    number = f"{rng.randint(10 ** (digits - 1), 10**digits - 1):,}"
-    return re.sub(r"^[\d,]+", number, real)
-
-
-def _amount(rng: random.Random, real: str) -> str:
-    number = f"{rng.uniform(0.1, 10 ** rng.randint(1, 4)):,.{rng.randint(0, 4)}f}"
-    return re.sub(r"^-?[\d.,]+", ("-" if real.startswith("-") else "") + number, real)
-
-
-def _digits(rng: random.Random, real: str) -> str:
-    return re.sub(r"\d", lambda _: rng.choice(string.digits), real)
-
-
-def _letters(rng: random.Random, real: str) -> str:
-    drawn = re.sub("[A-Z]", lambda _: rng.choice(string.ascii_uppercase), real)
-    return re.sub("[a-z]", lambda _: rng.choice(string.ascii_lowercase), drawn)
-
-
-def _small(rng: random.Random, _real: str) -> str:
-    return str(rng.randint(1, 150))
-
-
-def _year(rng: random.Random, _real: str) -> str:
-    return str(rng.randint(1600, 2029))
-
-
-RANDOM: dict[str, Callable[[random.Random, str], str]] = {
-    **dict.fromkeys(
-        (
-            "population",
-            "area",
-            "population_density",
-            "capital_population",
-            "largest_city_population",
-            "second_city_population",
-            "elevation",
-        ),
-        _count,
-    ),
-    **dict.fromkeys(("mass", "melting_point", "boiling_point", "density", "electronegativity"), _amount),
-    **dict.fromkeys(("coordinates", "capital_coordinates", "calling_code", "iso_number"), _digits),
-    **dict.fromkeys(("iata", "icao", "iso2", "iso3", "currency_code", "tld", "symbol"), _letters),
-    "discovery_year": _year,
-    **dict.fromkeys(("number", "neighbour_count", "period", "group"), _small),
-}
-
-_MONEY = ("Dollar", "Franc", "Peso", "Dinar", "Rupee", "Krona", "Pound")
-_ZONES = ("Europe", "Asia", "Africa", "America", "Pacific", "Australia")
-
-
-def _name(stream: ExampleStream, rng: random.Random) -> str:
-    return stream.name(rng)
-
-
-NAMED: dict[str, Callable[[ExampleStream, random.Random], str]] = {
-    **dict.fromkeys(
-        (
-            "capital",
-            "largest_city",
-            "second_city",
-            "city",
-            "country",
-            "capital_of",
-            "state",
-            "demonym",
-            "language",
-            "discovery_place",
-        ),
-        _name,
-    ),
-    "discoverer": lambda stream, rng: f"{stream.name(rng)} {stream.name(rng)}",
-    "timezone": lambda stream, rng: f"{rng.choice(_ZONES)}/{stream.name(rng)}",
-    "capital_timezone": lambda stream, rng: f"{rng.choice(_ZONES)}/{stream.name(rng)}",
-    "currency": lambda stream, rng: f"{stream.name(rng)} {rng.choice(_MONEY)}",
-    "neighbours": lambda stream, rng: stream._listing(rng),
-}
+    def _neighbour(self, rng: random.Random) -> str:
+        return rng.choice(self._countries) if rng.random() < 0.6 else self.name(rng)

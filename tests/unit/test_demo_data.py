@@ -27,7 +27,7 @@ from services.demo.facts import (
     load_entities,
     save_entities,
 )
-from services.demo.sources.values import coordinates, decimal, distance_km, integer, is_latin, listing
+from services.demo.values import coordinates, decimal, distance_km, integer, is_latin, listing
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import airportsdata
 
 from services.demo.facts import fold
 from services.demo.sources.countries import World
-from services.demo.sources.values import clean, integer, is_latin
+from services.demo.values import clean, integer, is_latin
 
 MAX_NAME = 50  # characters
 MIN_CITY = 700_000  # people: beside "… International Airport", any airport of a city of this size counts

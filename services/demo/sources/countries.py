@@ -16,7 +16,7 @@ from babel.numbers import get_currency_name, get_currency_symbol
 from countryinfo import CountryInfo
 
 from services.demo.facts import fold
-from services.demo.sources.values import clean, coordinates, distance_km, integer, is_latin, listing
+from services.demo.values import clean, coordinates, distance_km, integer, is_latin, listing
 
 CONTINENTS = {
     "AF": "Africa",

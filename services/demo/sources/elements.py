@@ -7,7 +7,7 @@ from typing import Any
 
 from mendeleev.mendeleev import get_all_elements
 
-from services.demo.sources.values import clean, decimal, is_latin, listing
+from services.demo.values import clean, decimal, is_latin, listing
 
 KELVIN = 273.15
 ROOM_TEMPERATURE_C = 25.0
