@@ -20,11 +20,24 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Request(Wire):
-    """What a client sends: types are taken strictly, so that ``"5"`` is no number and ``1`` no boolean."""
+class Sent(Wire):
+    """What a client sends: types are taken strictly, so that ``"5"`` is no number and ``1`` no boolean.
+
+    pydantic collects every error before it reports one: 16 MB of unknown fields, or a list of 16 MB of wrong items,
+    cost it gigabytes. So many unknown fields are one error, and lists end their check at the first (``fail_fast``).
+    """
 
     model_config = ConfigDict(strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _not_flooded(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > 2 * len(cls.model_fields) + 8:
+            raise ValueError(f"{len(data)} fields, where {len(cls.model_fields)} are known")
+        return data
+
+
+class Request(Sent):
     timeout_ms: int | None = Field(
         default=None, ge=1, le=600_000, description="Deadline of the whole request, both services included."
     )
@@ -33,14 +46,12 @@ class Request(Wire):
 # --- retriever ---------------------------------------------------------------------------------------------
 
 
-class EncodedArray(Wire):
+class EncodedArray(Sent):
     """An array as base64 of its little-endian bytes in C order."""
-
-    model_config = ConfigDict(strict=True)
 
     data: str = Field(description="base64")
     dtype: Literal["float16", "float32", "float64"] = "float32"
-    shape: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, max_length=3)
+    shape: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, max_length=3, fail_fast=True)
 
 
 class Passage(Wire):
@@ -110,10 +121,8 @@ class CollectionList(Wire):
 # --- generator ---------------------------------------------------------------------------------------------
 
 
-class OwnPassage(Wire):
+class OwnPassage(Sent):
     """A passage that the caller brings; ``score`` stands for the inner product that retrieval would give."""
-
-    model_config = ConfigDict(strict=True)
 
     id: int | None = Field(default=None, ge=0, le=INT64_MAX)
     title: str = ""
@@ -122,7 +131,7 @@ class OwnPassage(Wire):
 
 
 class Asked(Request):
-    question: Question | Annotated[list[Question], Field(min_length=1)]
+    question: Question | Annotated[list[Question], Field(min_length=1, fail_fast=True)]
 
     @property
     def questions(self) -> list[str]:
@@ -151,7 +160,7 @@ class AnswerRequest(Asked):
         default="answer", description="`answer`: give the posterior of every document given each answer."
     )
     passages: list[OwnPassage] | None = Field(
-        default=None, min_length=1, description="Answer from these instead of retrieving."
+        default=None, min_length=1, fail_fast=True, description="Answer from these instead of retrieving."
     )
     min_probability: float = Field(
         default=0.0,
@@ -214,13 +223,15 @@ class ScoreRequest(Asked):
     """One question with its answers, or as many lists of answers as questions."""
 
     answers: (
-        Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[Annotated[list[str], Field(min_length=1)]], Field(min_length=1)]
+        Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | Annotated[
+            list[Annotated[list[str], Field(min_length=1, fail_fast=True)]], Field(min_length=1, fail_fast=True)
+        ]
     )
     strategy: Strategy | None = None
     n_docs: int | None = Field(default=None, ge=1)
     collection: CollectionName = "default"
-    passages: list[OwnPassage] | None = Field(default=None, min_length=1)
+    passages: list[OwnPassage] | None = Field(default=None, min_length=1, fail_fast=True)
 
     @model_validator(mode="after")
     def _one_list_a_question(self) -> Self:

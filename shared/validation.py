@@ -28,7 +28,7 @@ def refusal(errors: Sequence[Mapping[str, Any]], *, within: str | None = None) -
     path = _dotted(first["loc"], unknown_field=first["type"] == "extra_forbidden")
     param = ".".join(part for part in (within, path) if part) or None
     message = str(first["msg"]).removeprefix("Value error, ")
-    return InvalidRequest(f"{param}: {message}" if param else message, param=param)
+    return InvalidRequest(f"{param or 'the body'}: {message}", param=param)
 
 
 def refusal_of(refused: ValidationError, *, within: str | None = None) -> RequestError:
