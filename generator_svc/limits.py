@@ -3,6 +3,7 @@
 An option is honoured or refused, never ignored: one that would have no effect with the others given is refused too.
 """
 
+from generator_svc.checkpoint import Checkpoint
 from generator_svc.engine import GenerationOptions
 from generator_svc.settings import GeneratorSettings
 from shared.errors import InvalidRequest
@@ -24,7 +25,7 @@ def choose_n_docs(
     """
     passages = None if isinstance(request, SearchRequest) else request.passages
     if passages is None:
-        n_docs = default if request.n_docs is None else request.n_docs
+        n_docs = min(default, settings.max_n_docs) if request.n_docs is None else request.n_docs
         _at_most("n_docs", n_docs, settings.max_n_docs)
         return n_docs
     if request.n_docs not in (None, len(passages)):
@@ -35,15 +36,25 @@ def choose_n_docs(
     return len(passages)
 
 
-def generation_options(request: AnswerRequest, strategy: Strategy, settings: GeneratorSettings) -> GenerationOptions:
-    """The options of a request for the engine.
+def most_new_tokens(settings: GeneratorSettings, checkpoint: Checkpoint) -> int:
+    """The longest answer in tokens: the setting, or where the generator's positions end."""
+    return min(settings.max_new_tokens, checkpoint.max_target_tokens)
+
+
+def generation_options(
+    request: AnswerRequest, strategy: Strategy, settings: GeneratorSettings, checkpoint: Checkpoint
+) -> GenerationOptions:
+    """The options of a request for the engine. A default that this service does not reach is lowered to its limit.
 
     Raises:
         InvalidRequest: above a limit, or without effect.
     """
     _at_most("num_beams", request.num_beams, settings.max_beams)
     _at_most("num_return_sequences", request.num_return_sequences, settings.max_answers)
-    _at_most("max_new_tokens", request.max_new_tokens, settings.max_new_tokens)
+    max_new_tokens, limit = request.max_new_tokens, most_new_tokens(settings, checkpoint)
+    if "max_new_tokens" in request.model_fields_set:
+        _at_most("max_new_tokens", max_new_tokens, limit)
+    _at_most("min_new_tokens", request.min_new_tokens, limit)
     if request.length_penalty != 1.0 and request.num_beams == 1:
         raise InvalidRequest("length_penalty has an effect only with num_beams above 1", param="length_penalty")
     if not request.deduplicate and strategy != "sequence":
@@ -52,7 +63,7 @@ def generation_options(request: AnswerRequest, strategy: Strategy, settings: Gen
     return GenerationOptions(
         num_beams=request.num_beams,
         num_return_sequences=request.num_return_sequences,
-        max_new_tokens=request.max_new_tokens,
+        max_new_tokens=min(max_new_tokens, limit),
         min_new_tokens=request.min_new_tokens,
         length_penalty=request.length_penalty,
         no_repeat_ngram_size=request.no_repeat_ngram_size,

@@ -91,7 +91,7 @@ class Pipeline:
         check_questions(request, self._settings)
         n_docs = choose_n_docs(request, self._checkpoint.config.n_docs, self._settings)
         strategy = self._checkpoint.strategy(request.strategy)
-        options = generation_options(request, strategy, self._settings)
+        options = generation_options(request, strategy, self._settings, self._checkpoint)
 
         evidence, index = await self._evidence(request, n_docs, deadline, timings)  # 1 encode, 2 retrieve
         with timings.step("assemble"):

@@ -8,6 +8,7 @@ import transformers
 from prometheus_client import CollectorRegistry
 
 from generator_svc.checkpoint import load_checkpoint
+from generator_svc.limits import most_new_tokens
 from generator_svc.pipeline import Pipeline
 from generator_svc.readiness import RetrieverWatch
 from generator_svc.retriever_client import RetrieverClient
@@ -84,7 +85,7 @@ class GeneratorService:
             limits={
                 **self._settings.limits,
                 # The checkpoint's own bounds, where they are narrower.
-                "max_new_tokens": min(self._settings.max_new_tokens, checkpoint.max_target_tokens),
+                "max_new_tokens": most_new_tokens(self._settings, checkpoint),
                 "max_source_tokens": checkpoint.max_source_tokens,
             },
             model={

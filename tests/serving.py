@@ -28,7 +28,8 @@ def served(app: ASGIApp, port: int | None = None) -> Iterator[str]:
     try:
         until_s = time.monotonic() + 60
         while not server.started:
-            assert thread.is_alive() and time.monotonic() < until_s, "the server did not start"
+            assert thread.is_alive(), "the server ended before it had started"
+            assert time.monotonic() < until_s, "the server did not start"
             time.sleep(0.01)
         yield f"http://127.0.0.1:{port}"
     finally:

@@ -3,7 +3,7 @@
 import { ask, info, readiness } from "./api.js";
 import { renderError, renderResult } from "./view.js";
 
-const EXAMPLES = ["How many people live in Paris?", "What is the capital of Kenya?", "What is the symbol of gold?", "Which language is spoken in Brazil?", "How many people live in Atlantis?"];
+const EXAMPLES = ["How many people live in Paris?", "What is the capital of Kenya?", "What is the symbol of gold?", "Which language is spoken in Brazil?", "How many people live in Narnia?"];
 const POLL_MS = 5000;
 
 const find = (id) => document.getElementById(id);

@@ -195,5 +195,5 @@ async def test_a_slow_retriever_costs_no_more_than_the_deadline(
 
 async def test_an_index_of_another_encoder_is_refused(retriever: SmallRetriever, client: RetrieverClient) -> None:
     retriever.index = retriever.index.model_copy(update={"encoder": "sha256-theirs"})
-    with pytest.raises(EncoderMismatch, match="sha256-theirs.*sha256-ours"):
+    with pytest.raises(EncoderMismatch, match=r"sha256-theirs.*sha256-ours"):
         await client.retrieve(QUERY, soon())

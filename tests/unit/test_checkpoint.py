@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
     return save_tiny_checkpoint(tmp_path / "tiny")
 
 
-def edit_weights(folder: Path, change) -> None:
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -58,7 +59,9 @@ def test_the_question_encoder_stays_in_float32(folder: Path) -> None:
         (None, ("token", "sequence")),
     ],
 )
-def test_architectures_say_which_heads_may_answer(tmp_path: Path, architectures, strategies) -> None:
+def test_architectures_say_which_heads_may_answer(
+    tmp_path: Path, architectures: list[str] | None, strategies: tuple[str, ...]
+) -> None:
     checkpoint = load_checkpoint(save_tiny_checkpoint(tmp_path, architectures=architectures))
     assert checkpoint.strategies == strategies
     assert checkpoint.strategy(None) == strategies[0]
@@ -89,7 +92,7 @@ def test_weights_that_rag_never_reads_are_let_be(folder: Path) -> None:
 def test_missing_left_over_and_misshapen_weights_are_all_listed(folder: Path) -> None:
     layer = "rag.generator.model.decoder.layers.0"
 
-    def change(weights) -> None:
+    def change(weights: dict[str, torch.Tensor]) -> None:
         del weights[f"{layer}.fc1.weight"]
         weights["rag.generator.model.decoder.layers.7.fc1.weight"] = torch.zeros(2)
         weights[f"{layer}.fc2.weight"] = torch.zeros(3, 3)
@@ -132,7 +135,7 @@ def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StartupError, match="there is no checkpoint folder .*nowhere"):
+    with pytest.raises(StartupError, match=r"there is no checkpoint folder .*nowhere"):
         load_checkpoint(tmp_path / "nowhere")
 
 

@@ -14,7 +14,8 @@ from tests.tiny_checkpoint import generator_tokenizer, question_tokenizer
 TOKENIZER = generator_tokenizer()
 MAX_TOKENS = 64
 WORDS = st.text(
-    st.sampled_from("abcXYZ 0123456789\"'.,?!/  éßø東京🏙️\u00a0\u0301") | st.characters(exclude_categories=["Cs"]), max_size=60
+    st.sampled_from("abcXYZ 0123456789\"'.,?!/  éßø東京🏙️\u00a0\u0301") | st.characters(exclude_categories=["Cs"]),
+    max_size=60,
 )
 SEPARATORS = st.sampled_from([" / ", " // ", "/", "", "  ", " [SEP] ", "\n", " | "])
 
@@ -30,16 +31,20 @@ def transformers_ids(title: str, text: str, question: str, form: ContextForm) ->
     return ids[0][: sum(mask[0])]
 
 
-@given(WORDS, WORDS, WORDS, SEPARATORS, SEPARATORS, st.sampled_from(["", " ", "answer: "]))
-def test_contexts_that_fit_are_those_of_transformers(title, text, question, title_sep, doc_sep, prefix):
-    form = ContextForm(prefix, title_sep, doc_sep, max_tokens=1000)
+@given(WORDS, WORDS, WORDS, st.tuples(st.sampled_from(["", " ", "answer: "]), SEPARATORS, SEPARATORS))
+def test_contexts_that_fit_are_those_of_transformers(
+    title: str, text: str, question: str, joints: tuple[str, str, str]
+) -> None:
+    form = ContextForm(*joints, max_tokens=1000)
     context = build_context(title, text, question, form, TOKENIZER)
     assert not context.truncated
     assert context.input_ids == transformers_ids(title, text, question, form)
 
 
 @given(WORDS, WORDS.map(lambda text: text * 8), WORDS.map(lambda question: question[:12]), SEPARATORS, SEPARATORS)
-def test_a_long_passage_is_cut_and_the_question_stays_whole(title, text, question, title_sep, doc_sep):
+def test_a_long_passage_is_cut_and_the_question_stays_whole(
+    title: str, text: str, question: str, title_sep: str, doc_sep: str
+) -> None:
     form = ContextForm("", title_sep, doc_sep, MAX_TOKENS)
     uncut = TOKENIZER(context_text(title, text, question, title_sep=title_sep, doc_sep=doc_sep))["input_ids"]
     context = build_context(title, text, question, form, TOKENIZER)
@@ -101,7 +106,9 @@ def test_the_question_has_the_form_that_checkpoints_were_trained_on() -> None:
     ("generator_prefix", "rag_prefix", "used"),
     [(None, None, ""), ("g: ", None, "g: "), ("g: ", "r: ", "g: "), (None, "r: ", "r: "), ("", "r: ", "")],
 )
-def test_the_generators_prefix_comes_before_the_rag_configs(generator_prefix, rag_prefix, used) -> None:
+def test_the_generators_prefix_comes_before_the_rag_configs(
+    generator_prefix: str | None, rag_prefix: str | None, used: str
+) -> None:
     config = RagConfig(prefix=rag_prefix)
     config.generator.prefix = generator_prefix
     assert ContextForm.of(config, 300).prefix == used
