@@ -131,15 +131,17 @@ def train_demo(work: Path = WORK, steps: int | None = None) -> None:
     print(f"{build_passages()} passages embedded")
 
 
-def assemble(materials: Materials, work: Path) -> None:
-    """Write the trained models in transformers' format."""
+def assemble(
+    materials: Materials, work: Path, checkpoint: Path = CHECKPOINT, context_encoder_folder: Path = CONTEXT_ENCODER
+) -> None:
+    """Write the trained models, finished or not, in transformers' format."""
     question_encoder, context_encoder = new_dpr_pair(len(materials.encoder_tokenizer))
     pair = torch.nn.ModuleDict({"question": question_encoder, "context": context_encoder})
     reader = new_reader(len(materials.reader_tokenizer))
     load_trained(work / "retriever", pair)
     load_trained(work / "reader", reader)
     save_rag_checkpoint(CHECKPOINT, question_encoder, reader, materials.encoder_tokenizer, materials.reader_tokenizer)
-    save_context_encoder(CONTEXT_ENCODER, context_encoder, materials.encoder_tokenizer)
+    save_context_encoder(context_encoder_folder, context_encoder, materials.encoder_tokenizer)
 
 
 def _run_child(name: str, work: Path, steps: int | None, board: ProgressBoard) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig, PreTrainedTokenizerBase
 
-from services.training.exact_match import exact_match
+from services.training.metrics import exact_match
 
 MAX_ANSWER_TOKENS = 48
 IGNORED = -100

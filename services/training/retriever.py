@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DPRConfig, DPRContextEncoder, DPRQuestionEncoder, PreTrainedTokenizerBase
 
+from services.training.metrics import recall_at
+
 MAX_TRAINING_TOKENS = 80
 """Passages are cut to this many tokens while training (half of them are longer), and not at all when indexed."""
 
@@ -99,12 +101,6 @@ class RetrievalDev:
     passages: Sequence[tuple[str, str]]
     questions: Sequence[str]
     gold: Sequence[Sequence[int]]
-
-
-def recall_at(k: int, ranked: Sequence[Sequence[int]], gold: Sequence[Sequence[int]]) -> float:
-    """Share of questions that find one of their gold passages among the first `k`."""
-    hits = [any(i in right for i in row[:k]) for row, right in zip(ranked, gold, strict=True)]
-    return sum(hits) / len(hits)
 
 
 class RetrieverTask:
