@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase, RagConfig
 
 from shared.errors import InvalidRequest
 
+# A passage of so many characters is not tokenized to find that it is too long for a thousand tokens.
+_BOOK_CHARS = 50_000
 # The space before a beginning's last word, and that word.
 _LAST_PART_OF_A_WORD = re.compile(r"(?<=\S)\s+\S+\Z")
 
@@ -116,9 +118,10 @@ def build_context(
     def fits(title: str, text: str) -> bool:
         return len(tokens(title, text)) <= form.max_tokens
 
-    whole = tokens(title, text)
-    if len(whole) <= form.max_tokens:
-        return Context(whole, truncated=False)
+    if len(title) + len(text) < _BOOK_CHARS:
+        whole = tokens(title, text)
+        if len(whole) <= form.max_tokens:
+            return Context(whole, truncated=False)
     if not fits("", ""):
         raise InvalidRequest(
             f"the question takes more than the {form.max_tokens} tokens that the generator reads, without any passage",
@@ -134,10 +137,13 @@ def build_context(
 def _longest_fitting(text: str, fits: Callable[[str], bool]) -> str:
     """The longest beginning of `text` that fits and ends with a whole word; with part of one, if its first is too long.
 
-    A longer beginning has more tokens, but for rare merges at its end, so the length is found by bisection and then
-    made sure of.
+    A longer beginning has more tokens, but for rare merges at its end, so the length is found by doubling and
+    bisection, and then made sure of.
     """
-    length = bisect_left(range(len(text) + 1), True, key=lambda length: not fits(text[:length])) - 1
+    bound = 64
+    while bound < len(text) and fits(text[:bound]):
+        bound *= 2
+    length = bisect_left(range(min(bound, len(text)) + 1), True, key=lambda length: not fits(text[:length])) - 1
     kept = text[: max(length, 0)]
     if _LAST_PART_OF_A_WORD.search(kept) and text[len(kept) : len(kept) + 1].strip():
         kept = _LAST_PART_OF_A_WORD.sub("", kept)

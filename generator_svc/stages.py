@@ -97,6 +97,8 @@ def batch_key(job: Job) -> object:
 def batch_size(job: Job) -> int:
     """Rows that a job adds to a batch."""
     match job:
+        case Assemble(passages=passages):
+            return len(passages)
         case Generate(options=options):
             return len(job.contexts) * max(options.num_beams or 1, options.num_return_sequences or 1)
         case Score():

@@ -123,7 +123,7 @@ min_probability.addEventListener("input", () => {
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") stop();
-  if (event.key === "/" && !(event.target instanceof HTMLInputElement)) {
+  if (event.key === "/" && !event.target.matches("input[type=text], input[type=password]")) {
     event.preventDefault();
     question.select();
   }

@@ -13,6 +13,7 @@ from tests.tiny_checkpoint import generator_tokenizer, question_tokenizer
 
 TOKENIZER = generator_tokenizer()
 MAX_TOKENS = 64
+FORM = ContextForm("", " / ", " // ", MAX_TOKENS)
 WORDS = st.text(
     st.sampled_from("abcXYZ 0123456789\"'.,?!/  éßø東京🏙️\u00a0\u0301") | st.characters(exclude_categories=["Cs"]),
     max_size=60,
@@ -59,10 +60,9 @@ def test_a_long_passage_is_cut_and_the_question_stays_whole(
 
 
 def test_a_cut_never_shortens_a_number() -> None:
-    form = ContextForm("", " / ", " // ", MAX_TOKENS)
     text = "It has 2138551 inhabitants. " * 20
     question = "how many people live in paris?"
-    context = build_context("Paris", text, question, form, TOKENIZER)
+    context = build_context("Paris", text, question, FORM, TOKENIZER)
     read = TOKENIZER.decode(context.input_ids, skip_special_tokens=True)
     passage, asked = read.split(" // ")
     assert asked == question
@@ -70,22 +70,26 @@ def test_a_cut_never_shortens_a_number() -> None:
 
 
 def test_as_much_of_the_passage_is_kept_as_fits() -> None:
-    form = ContextForm("", " / ", " // ", MAX_TOKENS)
     words = ["Seine"] * 60
-    context = build_context("Paris", " ".join(words), "where?", form, TOKENIZER)
+    context = build_context("Paris", " ".join(words), "where?", FORM, TOKENIZER)
     kept = TOKENIZER.decode(context.input_ids).count("Seine")
-    one_more = TOKENIZER(form.text("Paris", " ".join(words[: kept + 1]), "where?"))["input_ids"]
+    one_more = TOKENIZER(FORM.text("Paris", " ".join(words[: kept + 1]), "where?"))["input_ids"]
     assert len(context.input_ids) <= MAX_TOKENS < len(one_more)
 
 
 def test_a_single_endless_word_is_cut_within() -> None:
-    context = build_context("t", "x" * 500, "who?", ContextForm("", " / ", " // ", MAX_TOKENS), TOKENIZER)
+    context = build_context("t", "x" * 500, "who?", FORM, TOKENIZER)
     assert len(context.input_ids) == MAX_TOKENS
     assert TOKENIZER.decode(context.input_ids, skip_special_tokens=True).endswith("x // who?")
 
 
+def test_a_book_is_cut_like_a_page() -> None:
+    page, book = ("Seine and more " * n for n in (100, 100_000))
+    assert build_context("t", book, "who?", FORM, TOKENIZER) == build_context("t", page, "who?", FORM, TOKENIZER)
+
+
 def test_a_long_title_gives_way_after_the_text() -> None:
-    context = build_context("Seine " * 100, "text", "who?", ContextForm("", " / ", " // ", MAX_TOKENS), TOKENIZER)
+    context = build_context("Seine " * 100, "text", "who?", FORM, TOKENIZER)
     read = TOKENIZER.decode(context.input_ids, skip_special_tokens=True)
     assert read.endswith(" / // who?")
     assert set(read.split(" / ")[0].split()) == {"Seine"}
@@ -93,7 +97,7 @@ def test_a_long_title_gives_way_after_the_text() -> None:
 
 def test_a_question_that_does_not_fit_by_itself_is_refused() -> None:
     with pytest.raises(InvalidRequest) as refused:
-        build_context("t", "text", "who? " * 100, ContextForm("", " / ", " // ", MAX_TOKENS), TOKENIZER)
+        build_context("t", "text", "who? " * 100, FORM, TOKENIZER)
     assert refused.value.param == "question"
 
 
