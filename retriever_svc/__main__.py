@@ -4,19 +4,7 @@ import sys
 
 from retriever_svc.app import create_app
 from retriever_svc.settings import RetrieverSettings
-from shared.errors import StartupError
-from shared.server import serve
-from shared.settings import load_settings
-
-
-def main() -> int:
-    try:
-        settings = load_settings(RetrieverSettings)
-    except StartupError as error:
-        print(f"error: {error.message}", file=sys.stderr)  # noqa: T201  for the person who started it
-        return error.exit_code
-    return serve(create_app(settings), settings)
-
+from shared.server import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(RetrieverSettings, create_app))

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import structlog
@@ -17,7 +18,7 @@ from shared.auth import auth_is_on
 from shared.drain import Drain
 from shared.errors import StartupError
 from shared.logs import configure_logging
-from shared.settings import ServiceSettings
+from shared.settings import ServiceSettings, Settings, load_settings
 
 log = structlog.get_logger(__name__)
 
@@ -57,6 +58,16 @@ class DrainingServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def run(settings_class: type[Settings], create_app: Callable[[Settings], FastAPI]) -> int:
+    """The main program of a service: its settings from the environment, its app, and then :func:`serve`."""
+    try:
+        settings = load_settings(settings_class)
+        app = create_app(settings)
+    except StartupError as error:
+        return _refuse_to_start(error)
+    return serve(app, settings)
+
+
 def serve(app: FastAPI, settings: ServiceSettings) -> int:
     """Serves until SIGTERM or SIGINT; the exit code. A StartupError ends in one line on standard error and code 3."""
     configure_logging(settings.log_level, settings.log_format)
@@ -74,11 +85,15 @@ def serve(app: FastAPI, settings: ServiceSettings) -> int:
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(_run(app, settings, config))
     except StartupError as error:
-        print(f"error: {error.message}", file=sys.stderr)  # noqa: T201  for the person who started it
-        return error.exit_code
+        return _refuse_to_start(error)
     except KeyboardInterrupt:  # before the server took over the signals
         return 128 + signal.SIGINT
     return 0
+
+
+def _refuse_to_start(error: StartupError) -> int:
+    print(f"error: {error.message}", file=sys.stderr)  # noqa: T201  for the person who started it
+    return error.exit_code
 
 
 async def _run(app: FastAPI, settings: ServiceSettings, config: uvicorn.Config) -> None:

@@ -15,8 +15,8 @@ from pydantic_settings import SettingsConfigDict
 from shared.app import create_base_app, raises, request_deadline, requires
 from shared.errors import ERRORS_BY_CODE, Conflict, DeadlineExceeded, NotFound, StartupError
 from shared.schemas import Request, ServiceInfo, Wire
-from shared.server import serve
-from shared.settings import ServiceSettings, load_settings
+from shared.server import run
+from shared.settings import ServiceSettings
 
 log = structlog.get_logger(__name__)
 
@@ -98,5 +98,4 @@ def create_tiny_app(settings: ServiceSettings | None = None, **options: Any) -> 
 
 
 if __name__ == "__main__":
-    tiny_settings = load_settings(TinySettings)
-    sys.exit(serve(create_tiny_app(tiny_settings), tiny_settings))
+    sys.exit(run(TinySettings, create_tiny_app))
