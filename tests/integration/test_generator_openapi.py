@@ -1,0 +1,82 @@
+"""``/openapi.json`` tells the truth: schemathesis sends every operation what it allows and what it forbids."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from generator_svc.checkpoint import load_checkpoint
+from tests.serving import free_port, served
+from tests.small_retriever import SmallRetriever
+from tests.tiny_checkpoint import save_tiny_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+# A JSON schema cannot say that an option needs another one, that a number is bounded by a setting, or that a question
+# must leave room for a passage: here data that it allows may be refused, by a 422. It allows the name of a collection
+# that is not there, 404, and a deadline of one millisecond, which is missed, 504.
+CONFIG = """
+[checks.positive_data_acceptance]
+expected-statuses = ["2xx", "404", "422", "504"]
+
+[checks.not_a_server_error]
+expected-statuses = ["2xx", "4xx", "504"]
+"""
+OPTIONS = ["--checks", "all", "--max-examples", "40", "--continue-on-failure", "--seed", "7", "--no-color"]
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    """A generator in a process of its own, with a small retriever behind it."""
+    checkpoint = save_tiny_checkpoint(tmp_path / "tiny")
+    embeddings = np.random.default_rng(0).standard_normal((6, 16), dtype=np.float32)
+    retriever = SmallRetriever(embeddings, load_checkpoint(checkpoint).encoder)
+    port = free_port()
+    with served(retriever.app) as retriever_url, (tmp_path / "log").open("w") as log:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "GENERATOR_PORT": str(port),
+            "GENERATOR_CHECKPOINT": str(checkpoint),
+            "GENERATOR_RETRIEVER_URL": retriever_url,
+            "GENERATOR_DEVICE": "cpu",
+            "GENERATOR_TORCH_THREADS": "1",
+        }
+        process = subprocess.Popen([sys.executable, "-m", "generator_svc"], env=environment, stdout=log, stderr=log)
+        try:
+            wait_until_ready(f"http://127.0.0.1:{port}", process)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            code = process.wait(timeout=60)
+    written = (tmp_path / "log").read_text()
+    assert code == 0, written
+    assert "request_crashed" not in written
+    assert "batch_failed" not in written
+
+
+def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    until_s = time.monotonic() + 120
+    while time.monotonic() < until_s and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/readyz").is_success:
+                return
+        except httpx.ConnectError:
+            time.sleep(0.2)
+    raise AssertionError(f"the generator is not ready; exit code {process.poll()}")
+
+
+@pytest.mark.slow
+def test_every_check_of_schemathesis_holds(url: str, tmp_path: Path) -> None:
+    config = tmp_path / "schemathesis.toml"
+    config.write_text(CONFIG)
+    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run", f"{url}/openapi.json"]
+    run = subprocess.run([*command, *OPTIONS], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert "8 selected / 8 total" in run.stdout
