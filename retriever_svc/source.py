@@ -5,7 +5,7 @@ A source has the columns ``id`` (integer, unique, not negative), ``title``, ``te
 its schema metadata under ``encoder``.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,21 @@ from retriever_svc.passages import EMBEDDING_TYPES, passage_schema
 from shared.errors import InvalidRequest
 from shared.retrieval import Float32Array, Int64Array
 
-COLUMNS = ("id", "title", "text", "embedding")
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_embedding(kind: pa.DataType) -> bool:
+    return pa.types.is_fixed_size_list(kind) and kind.value_type in EMBEDDING_TYPES.values() and kind.list_size > 0
+
+
+COLUMNS: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
+    "id": (pa.types.is_integer, "an integer column"),
+    "title": (_is_text, "a string column"),
+    "text": (_is_text, "a string column"),
+    "embedding": (_is_embedding, "fixed_size_list<float16 or float32>[at least 1]"),
+}
 BATCH_ROWS = 4096
 
 
@@ -49,7 +63,7 @@ class Source:
         """
         schema = passage_schema(self.dimension, self.dtype)
         row = 0
-        for batch in self.batches:
+        for batch in _readable(self.batches):
             columns = [_clean_column(batch, name, schema.field(name).type, row) for name in COLUMNS]
             clean = pa.record_batch(columns, schema=schema)
             _check_values(clean, row)
@@ -67,15 +81,9 @@ def from_stream(reader: pa.RecordBatchReader, encoder: str | None = None) -> Sou
     for name in COLUMNS:
         if schema.get_all_field_indices(name) != [schema.get_field_index(name)]:
             raise InvalidRequest(f"the source must have one column `{name}`; it has {schema.names}", param=name)
-    embedding = schema.field("embedding").type
-    if (
-        not pa.types.is_fixed_size_list(embedding)
-        or embedding.value_type not in EMBEDDING_TYPES.values()
-        or embedding.list_size < 1
-    ):
-        raise InvalidRequest(
-            f"`embedding` must be fixed_size_list<float16 or float32>, it is {embedding}", param="embedding"
-        )
+    for name, (fits, wanted) in COLUMNS.items():
+        if not fits(schema.field(name).type):
+            raise InvalidRequest(f"`{name}` must be {wanted}, it is {schema.field(name).type}", param=name)
     metadata = schema.metadata or {}
     named = metadata[b"encoder"].decode() if b"encoder" in metadata else encoder
     if not named:
@@ -118,17 +126,20 @@ def first_repeated(ids: Int64Array) -> tuple[int, int, int] | None:
     return int(ids[first]), int(first), int(second)
 
 
+def _readable(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from batches
+    except (OSError, pa.ArrowException) as error:
+        raise InvalidRequest(f"the source cannot be read to its end: {error}", param="source") from error
+
+
 def _clean_column(batch: pa.RecordBatch, name: str, wanted: pa.DataType, first_row: int) -> pa.Array:
     column = batch.column(name)
     if column.null_count:
         row = first_row + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
         raise InvalidRequest(f"`{name}` is null in row {row}", param=name)
     if name == "embedding" and column.flatten().null_count:
-        raise InvalidRequest(
-            f"an embedding between rows {first_row} and {first_row + len(batch)} has nulls", param=name
-        )
-    if name == "id" and not pa.types.is_integer(column.type):
-        raise InvalidRequest(f"`id` must be an integer column, it is {column.type}", param=name)
+        raise InvalidRequest(f"`embedding` has nulls inside a vector, from row {first_row} on", param=name)
     try:
         return column.cast(wanted)
     except pa.ArrowException as error:

@@ -33,8 +33,8 @@ def passage_table(
     table = pa.table(
         {
             "id": pa.array(ids, pa.int64()),
-            "title": [title(i) for i in ids],
-            "text": [text(i) for i in ids],
+            "title": pa.array([title(i) for i in ids], pa.string()),
+            "text": pa.array([text(i) for i in ids], pa.string()),
             "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embeddings_ND.ravel()), dimension),
         }
     )
@@ -63,13 +63,9 @@ def brute_force(
     queries_BD: npt.NDArray[np.floating], embeddings_ND: npt.NDArray[np.floating], ids_N: npt.NDArray[np.int64], n: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Ids, scores and rows of the best ``n``: every inner product in float64, rounded once, equal ones by id."""
-    scores_BN = np.array(
-        [
-            [np.sum(q * d, dtype=np.float64) for d in embeddings_ND.astype(np.float64)]
-            for q in queries_BD.astype(np.float64)
-        ]
-    ).astype(np.float32)
+    queries, embeddings = queries_BD.astype(np.float64), embeddings_ND.astype(np.float64)
+    scores_BN = np.array([[np.sum(q * d) for d in embeddings] for q in queries]).astype(np.float32)
     rows_BN = np.array(
-        [sorted(range(len(ids_N)), key=lambda row: (-scores[row], ids_N[row]))[:n] for scores in scores_BN]
+        [sorted(range(len(ids_N)), key=lambda row: (-scores_N[row], ids_N[row]))[:n] for scores_N in scores_BN]
     )
     return ids_N[rows_BN], np.take_along_axis(scores_BN, rows_BN, axis=1), rows_BN
