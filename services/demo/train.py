@@ -140,7 +140,7 @@ def assemble(
     reader = new_reader(len(materials.reader_tokenizer))
     load_trained(work / "retriever", pair)
     load_trained(work / "reader", reader)
-    save_rag_checkpoint(CHECKPOINT, question_encoder, reader, materials.encoder_tokenizer, materials.reader_tokenizer)
+    save_rag_checkpoint(checkpoint, question_encoder, reader, materials.encoder_tokenizer, materials.reader_tokenizer)
     save_context_encoder(context_encoder_folder, context_encoder, materials.encoder_tokenizer)
 
 
