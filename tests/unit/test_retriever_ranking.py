@@ -74,15 +74,24 @@ def test_of_more_equal_documents_than_were_fetched_the_lowest_ids_come(tmp_path:
     assert ids[found[0].rows].tolist() == [0, 1, 2]
 
 
-def test_a_near_tie_that_float32_sums_misjudge_is_settled_exactly(tmp_path: Path) -> None:
-    """Added up in float32, 1e8 + 1 - 1e8 is 0; the true score of the last document, 1, beats the 0.5 of the others."""
-    embeddings_ND = np.tile(np.array([0, 0, 0.5], np.float32), (100, 1))
-    embeddings_ND[99] = [1e8, -1e8, 1]
+def test_near_ties_that_float32_sums_misjudge_are_settled_exactly(tmp_path: Path) -> None:
+    """Large components cancel and leave a small difference, which float32 loses on the way."""
+    rng = np.random.default_rng(0)
+    large_NH = rng.integers(-(2**13), 2**13, (300, 16)) * 2.0**10
+    small_NH = rng.integers(-(2**10), 2**10, (300, 16)) * 2.0**-10
+    embeddings_ND = np.hstack([large_NH + np.round(small_NH), small_NH, -large_NH]).astype(np.float32)
+    signs_BH = rng.choice([-1.0, 1.0], (20, 16)).astype(np.float32)
+    queries_BD = np.hstack([signs_BH, signs_BH, signs_BH])
+
     index = index_of(embeddings_ND, tmp_path)
-    query = np.ones((1, 3), np.float32)
-    assert index.search(query, 1)[1].tolist() != [[99]] or index.search(query, 1)[0].tolist() == [[1.0]]
-    found = ranking.search(index, np.arange(100), max_norm(embeddings_ND), query, [1])
-    assert (found[0].rows.tolist(), found[0].scores.tolist()) == ([99], [1.0])
+    ids = np.arange(300)
+    found = ranking.search(index, ids, max_norm(embeddings_ND), queries_BD, [3] * 20)
+    want_ids, want_scores, _ = brute_force(queries_BD, embeddings_ND, ids, 3)
+    assert [ranked.rows.tolist() for ranked in found] == want_ids.tolist()
+    np.testing.assert_array_equal(np.stack([ranked.scores for ranked in found]), want_scores)
+    assert index.search(queries_BD, 3)[1].tolist() != want_ids.tolist(), (
+        "faiss alone got it right: the case is too easy"
+    )
 
 
 @settings(max_examples=100, deadline=None)
