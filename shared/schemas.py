@@ -7,10 +7,21 @@ of the service; here stand only the bounds that hold everywhere.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 INT64_MAX = 2**63 - 1
 
+
+def _whole(value: object) -> object:
+    """JSON has one kind of number: to a JSON schema ``5.0`` is an integer, and some clients write it so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# The bound stands before the validator: so it stays a bound of the integer, and shows in the JSON schema.
+NonNegative = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+Int63 = Annotated[int, Field(ge=0, le=INT64_MAX), BeforeValidator(_whole)]
+Milliseconds = Annotated[int, Field(ge=1, le=600_000), BeforeValidator(_whole)]
 Question = Annotated[str, StringConstraints(min_length=1, max_length=8192, pattern=r"\S")]
 CollectionName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Strategy = Literal["token", "sequence"]
@@ -38,8 +49,8 @@ class Sent(Wire):
 
 
 class Request(Sent):
-    timeout_ms: int | None = Field(
-        default=None, ge=1, le=600_000, description="Deadline of the whole request, both services included."
+    timeout_ms: Milliseconds | None = Field(
+        default=None, description="Deadline of the whole request, both services included."
     )
 
 
@@ -51,7 +62,7 @@ class EncodedArray(Sent):
 
     data: str = Field(description="base64")
     dtype: Literal["float16", "float32", "float64"] = "float32"
-    shape: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, max_length=3, fail_fast=True)
+    shape: list[NonNegative] = Field(min_length=1, max_length=3, fail_fast=True)
 
 
 class Passage(Wire):
@@ -71,7 +82,7 @@ class IndexInfo(Wire):
 class RetrieveOptions(Request):
     """Everything of a retrieve request but its vectors; with an Arrow body it travels beside them."""
 
-    n_docs: int = Field(default=5, ge=1, description="Documents per query; fewer come back where there are fewer.")
+    n_docs: Positive = Field(default=5, description="Documents per query; fewer come back where there are fewer.")
     collection: CollectionName = "default"
     return_embeds: bool = True
     return_passages: bool = True
@@ -124,7 +135,7 @@ class CollectionList(Wire):
 class OwnPassage(Sent):
     """A passage that the caller brings; ``score`` stands for the inner product that retrieval would give."""
 
-    id: int | None = Field(default=None, ge=0, le=INT64_MAX)
+    id: Int63 | None = None
     title: str = ""
     text: str
     score: float = 0.0
@@ -142,18 +153,18 @@ class AnswerRequest(Asked):
     """Generation options are named as in transformers; ``null``: as the checkpoint has it."""
 
     strategy: Strategy | None = Field(default=None, description="Head that marginalises: RAG-Token or RAG-Sequence.")
-    n_docs: int | None = Field(default=None, ge=1)
-    num_beams: int = Field(default=1, ge=1)
-    num_return_sequences: int = Field(default=1, ge=1)
-    max_new_tokens: int = Field(default=64, ge=1)
-    min_new_tokens: int = Field(default=0, ge=0)
+    n_docs: Positive | None = None
+    num_beams: Positive = 1
+    num_return_sequences: Positive = 1
+    max_new_tokens: Positive = 64
+    min_new_tokens: NonNegative = 0
     length_penalty: float = Field(default=1.0, ge=-10, le=10)
-    no_repeat_ngram_size: int = Field(default=0, ge=0)
+    no_repeat_ngram_size: NonNegative = 0
     do_sample: bool = False
     temperature: float = Field(default=1.0, gt=0, le=100)
-    top_k: int = Field(default=0, ge=0, description="0: no limit.")
+    top_k: NonNegative = Field(default=0, description="0: no limit.")
     top_p: float = Field(default=1.0, gt=0, le=1)
-    seed: int | None = Field(default=None, ge=0, le=INT64_MAX, description="Makes sampling repeatable.")
+    seed: Int63 | None = Field(default=None, description="Makes sampling repeatable.")
     deduplicate: bool = Field(default=True, description="RAG-Sequence: score equal candidates once.")
     collection: CollectionName = "default"
     provenance: Literal["none", "answer"] = Field(
@@ -229,7 +240,7 @@ class ScoreRequest(Asked):
         ]
     )
     strategy: Strategy | None = None
-    n_docs: int | None = Field(default=None, ge=1)
+    n_docs: Positive | None = None
     collection: CollectionName = "default"
     passages: list[OwnPassage] | None = Field(default=None, min_length=1, fail_fast=True)
 
@@ -271,7 +282,7 @@ class EncodeResponse(Wire):
 
 
 class SearchRequest(Asked):
-    n_docs: int | None = Field(default=None, ge=1)
+    n_docs: Positive | None = None
     collection: CollectionName = "default"
 
 

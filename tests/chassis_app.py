@@ -13,8 +13,8 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from shared.app import create_base_app, raises, request_deadline, requires
-from shared.errors import ERRORS_BY_CODE, Conflict, DeadlineExceeded, NotFound, StartupError
-from shared.schemas import Request, ServiceInfo, Wire
+from shared.errors import ERRORS_BY_CODE, Conflict, NotFound, StartupError
+from shared.schemas import NonNegative, Request, ServiceInfo, Wire
 from shared.server import run
 from shared.settings import ServiceSettings
 
@@ -27,7 +27,7 @@ class TinySettings(ServiceSettings):
 
 class EchoRequest(Request):
     text: str = Field(max_length=1000)
-    times: int = Field(default=1, ge=0, le=10)
+    times: NonNegative = Field(default=1, description="At most ten.")
     weights: list[float] = Field(default=[], max_length=8)
 
 
@@ -60,9 +60,11 @@ def create_tiny_app(settings: ServiceSettings | None = None, **options: Any) -> 
         settings, service="retriever", lifespan=lifespan, readiness=lambda: list(reasons), info=info, **options
     )
 
-    @app.post("/v1/echo")
+    @app.post("/v1/echo", responses=raises(NotFound))
     async def echo(request: EchoRequest) -> Echo:
         request_deadline(request.timeout_ms, settings)
+        if request.times > 10:
+            raise NotFound("nobody repeats that often", param="times")
         return Echo(text=request.text * request.times, times=request.times)
 
     @app.get("/v1/items/{item_id}", responses=raises(NotFound))
@@ -77,7 +79,7 @@ def create_tiny_app(settings: ServiceSettings | None = None, **options: Any) -> 
             raise Conflict("only the first item can go")
         return Echo(text="one", times=0)
 
-    @app.post("/v1/sleep", responses=raises(DeadlineExceeded))
+    @app.post("/v1/sleep", include_in_schema=False)
     async def sleep(slept: Slept) -> Slept:
         try:
             await asyncio.sleep(slept.seconds)

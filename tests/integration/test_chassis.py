@@ -71,7 +71,8 @@ async def test_a_temporary_refusal_says_when_to_come_back_in_whole_seconds(http:
     [
         ({}, "text"),
         ({"text": 1}, "text"),
-        ({"text": "a", "times": 11}, "times"),
+        ({"text": "a", "times": -1}, "times"),
+        ({"text": "a", "times": 1.5}, "times"),
         ({"text": "a", "times": "1"}, "times"),
         ({"text": "a", "times": True}, "times"),
         ({"text": "a", "weights": [1, "2"]}, "weights.1"),
