@@ -36,7 +36,7 @@ def ask(
 
     - `rag ask "How many people live in Paris?"`
     - `rag ask "What is the symbol of gold?" --answers 3 --passages 5`
-    - `rag ask "How many people live in Atlantis?" --min-probability 0.5`
+    - `rag ask "How many people live in Narnia?" --min-probability 0.5`
     - `rag ask "Where is Oslo?" --json | jq '.results[0].answers[0].text'`
     """
     options: dict[str, Any] = {"num_beams": max(num_beams, answers), "num_return_sequences": answers}

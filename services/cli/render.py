@@ -16,14 +16,14 @@ def render_answers(result: QuestionResult, n_passages: int, console: Console | N
     if result.abstained:
         console.print(Text("I do not know: no answer is probable enough.", "bold yellow"))
     for answer in result.answers:
-        console.print(Text.assemble((answer.text, "bold"), (f"   probability {answer.probability:.3f}", "dim")))
+        console.print(Text.assemble((answer.text, "bold"), (f"   probability {_share(answer.probability)}", "dim")))
     best = result.answers[0] if result.answers else None
     posterior = best.doc_posterior if best else None
     weight = posterior or [document.prior for document in result.documents]
     ranked = sorted(range(len(result.documents)), key=lambda n: -weight[n])
     for n in ranked[:n_passages]:
         document = result.documents[n]
-        evidence = f"prior {document.prior:.3f}" + (f", posterior {posterior[n]:.3f}" if posterior else "")
+        evidence = f"prior {_share(document.prior)}" + (f", posterior {_share(posterior[n])}" if posterior else "")
         console.print()
         console.print(Text.assemble(("from ", "dim"), (document.title, "cyan"), (f"   {evidence}", "dim")))
         text = Text(document.text)
@@ -41,7 +41,7 @@ def render_documents(documents: Sequence[Document], console: Console | None = No
     table.add_column("title", style="cyan")
     table.add_column("text")
     for rank, document in enumerate(documents, 1):
-        scores = f"{document.score:.2f}", f"{document.prior:.3f}"
+        scores = f"{document.score:.2f}", _share(document.prior)
         table.add_row(str(rank), *scores, Text(document.title), Text(document.text))
     (console or Console(highlight=False)).print(table)
 
@@ -58,6 +58,11 @@ def render_info(info: ServiceInfo, url: str, health: Health, console: Console | 
     _add_rows(grid, "limits", info.limits)
     _add_rows(grid, "versions", info.versions)
     console.print(Padding(grid, (0, 0, 0, 2)))
+
+
+def _share(probability: float) -> str:
+    """Three digits; a tiny one keeps its magnitude."""
+    return f"{probability:.3f}" if probability >= 0.001 or probability == 0 else f"{probability:.0e}"
 
 
 def _add_rows(grid: Table, heading: str, values: Mapping[str, object]) -> None:

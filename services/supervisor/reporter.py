@@ -70,16 +70,19 @@ class ConsoleReporter:
 
 
 class JsonReporter:
-    """One JSON object a line; a service's own JSON lines pass as they are."""
+    """One JSON object a line, which names the service that it is of."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
         self._said: dict[Service, list[str]] = {}
 
     def line(self, service: Service, text: str) -> None:
-        if text.startswith("{"):
-            self._stream.write(text + "\n")
-            self._stream.flush()
+        try:
+            entry = json.loads(text)
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict):
+            print(json.dumps({"service": service, **entry}, ensure_ascii=False), file=self._stream, flush=True)
         else:  # written before logging was set up, or by a crash
             self._write("info", text, service=service)
 

@@ -281,4 +281,10 @@ def test_json_logs_are_json_whoever_writes() -> None:
     reporter.note("ended", "retriever")
     entries = [json.loads(line) for line in out.getvalue().splitlines()]
     assert [entry["event"] for entry in entries] == ["ready", "Segmentation fault", "waiting", "ready", "ended"]
-    assert entries[1]["service"] == "generator"
+    assert [entry["service"] for entry in entries] == [
+        "retriever",
+        "generator",
+        "supervisor",
+        "supervisor",
+        "retriever",
+    ]

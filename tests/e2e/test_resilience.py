@@ -1,0 +1,123 @@
+"""What callers of the generator see while the retriever is killed, hangs, and comes back."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from shared.errors import DeadlineExceeded, RagError, Unavailable, UpstreamError
+from shared.schemas import AnswerResponse, OwnPassage
+from tests.e2e.running import Up, until
+
+pytestmark = pytest.mark.slow
+QUESTION = "How many people live in Paris?"
+TIMEOUT_MS = 3000
+# Of the way there and back and of a busy machine, on top of the deadline.
+GRACE_S = 1.5
+
+
+@dataclass
+class Asked:
+    """What became of the questions: (answer or error, seconds)."""
+
+    outcomes: list[tuple[AnswerResponse | Exception, float]] = field(default_factory=list)
+
+    @property
+    def errors(self) -> list[Exception]:
+        return [outcome for outcome, _ in self.outcomes if isinstance(outcome, Exception)]
+
+    @property
+    def slowest_s(self) -> float:
+        return max(took_s for _, took_s in self.outcomes)
+
+
+@contextmanager
+def asking(up: Up, n_callers: int = 4) -> Iterator[Asked]:
+    """Callers that ask one question after the other, until the block ends and their last one is answered."""
+    asked, enough = Asked(), threading.Event()
+
+    def ask() -> None:
+        with up.client() as client:
+            while not enough.is_set():
+                began = time.monotonic()
+                outcome: AnswerResponse | Exception
+                try:
+                    outcome = client.answer(QUESTION, timeout_ms=TIMEOUT_MS)
+                except Exception as error:  # noqa: BLE001  (what it is, is what is tested)
+                    outcome = error
+                    time.sleep(0.05)
+                asked.outcomes.append((outcome, time.monotonic() - began))
+
+    callers = [threading.Thread(target=ask) for _ in range(n_callers)]
+    for caller in callers:
+        caller.start()
+    try:
+        yield asked
+    finally:
+        enough.set()
+        for caller in callers:
+            caller.join()
+
+
+def test_every_request_ends_in_time_while_the_retriever_is_killed_and_comes_back(own_up: Up, paris: str) -> None:
+    with own_up.client() as client, asking(own_up) as asked:
+        until(lambda: len(asked.outcomes) >= 8, 60, "answers before anything breaks")
+        assert asked.errors == []
+        os.kill(own_up.pid_of("retriever"), signal.SIGKILL)
+        why = until(lambda: client.ready().reasons, 10, "/readyz says why")
+        assert any("retriever" in reason for reason in why)
+        until(lambda: client.ready().status == "ok", 60, "the generator ready again, by itself")
+        back = len(asked.outcomes)
+        until(lambda: len(asked.outcomes) >= back + 12, 60, "answers afterwards")
+        recovered = [outcome for outcome, _ in asked.outcomes[back + 4 :]]
+
+    assert all(isinstance(error, (UpstreamError, DeadlineExceeded, Unavailable)) for error in asked.errors)
+    assert asked.slowest_s < TIMEOUT_MS / 1000 + GRACE_S
+    for outcome in recovered:
+        assert isinstance(outcome, AnswerResponse), outcome
+        assert outcome.results[0].answers[0].text == paris
+
+
+def test_a_retriever_that_hangs_costs_a_request_no_more_than_its_deadline(own_up: Up, paris: str) -> None:
+    retriever = own_up.pid_of("retriever")
+    with own_up.client() as client:
+        os.kill(retriever, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            with pytest.raises(RagError) as caught:
+                client.answer(QUESTION, timeout_ms=1000)
+            took_s = time.monotonic() - began
+            until(lambda: client.ready().status == "unavailable", 15, "/readyz turns red")
+        finally:
+            os.kill(retriever, signal.SIGCONT)
+        assert isinstance(caught.value, (DeadlineExceeded, UpstreamError))
+        assert took_s < 1 + GRACE_S
+        until(lambda: client.ready().status == "ok", 15, "ready again")
+        assert client.answer(QUESTION).results[0].answers[0].text == paris
+
+
+def test_questions_with_their_own_passages_need_no_retriever(own_up: Up) -> None:
+    with own_up.client() as client:
+        os.kill(own_up.pid_of("retriever"), signal.SIGSTOP)
+        try:
+            passage = OwnPassage(title="Paris", text="Paris is home to 1,234,567 people.")
+            response = client.answer(QUESTION, passages=[passage], timeout_ms=20_000)
+        finally:
+            os.kill(own_up.pid_of("retriever"), signal.SIGCONT)
+    assert response.results[0].answers[0].text == "1,234,567"
+    assert response.index is None
+
+
+def test_requests_in_flight_are_answered_when_the_pair_is_stopped(own_up: Up) -> None:
+    with asking(own_up) as asked:
+        until(lambda: len(asked.outcomes) >= 4, 60, "answers before the stop")
+        own_up.process.terminate()
+        assert own_up.process.wait(60) == 0
+    # After the stop there is nobody to connect to; until then each was answered, or sent away in so many words.
+    assert all(isinstance(error, Unavailable) for error in asked.errors), asked.errors
+    assert not any("broke" in str(error) for error in asked.errors)
