@@ -35,7 +35,7 @@ class ServiceSettings(BaseSettings):
     default_timeout_ms: int = Field(default=30_000, ge=1, description="Deadline of a request that names none.")
     max_timeout_ms: int = Field(default=600_000, ge=1, description="Longest deadline that a request may ask for.")
     drain_timeout_s: float = Field(default=30.0, ge=0, description="How long a stop waits for requests in flight.")
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least that is logged.")
     log_format: Literal["json", "console"] = Field(default="json", description="JSON lines, or lines for people.")
 
     @field_validator("api_key", "admin_key")
@@ -64,9 +64,9 @@ def load_settings(cls: type[Settings]) -> Settings:
         StartupError: a value is refused, or a variable with the service's prefix is no setting.
     """
     prefix = cls.model_config.get("env_prefix", "").upper()
-    known = {prefix + name.upper(): name for name in cls.model_fields}
+    known = {prefix + name.upper() for name in cls.model_fields}
     key_files = {prefix + name + _FILE_SUFFIX: name.lower() for name in ("API_KEY", "ADMIN_KEY")}
-    _refuse_unknown([name for name in os.environ if prefix and name.upper().startswith(prefix)], {*known, *key_files})
+    _refuse_unknown(prefix, {*known, *key_files})
     keys: dict[str, Any] = {
         field: _read_key(variable) for variable, field in key_files.items() if os.environ.get(variable)
     }
@@ -83,11 +83,13 @@ def load_settings(cls: type[Settings]) -> Settings:
         raise StartupError("; ".join(lines)) from None
 
 
-def _refuse_unknown(given: list[str], known: set[str]) -> None:
-    for name in sorted(given):
-        if name.upper() not in known:
-            near = difflib.get_close_matches(name.upper(), sorted(known), n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+def _refuse_unknown(prefix: str, known: set[str]) -> None:
+    for name in sorted(os.environ):
+        if prefix and name.upper().startswith(prefix) and name.upper() not in known:
+            # Compared without the prefix, which would make any two names look alike.
+            names = sorted(variable.removeprefix(prefix) for variable in known)
+            near = difflib.get_close_matches(name.upper().removeprefix(prefix), names, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(sorted(known))}"
             raise StartupError(f"{name} is set, but there is no such setting; {hint}")
 
 

@@ -1,0 +1,103 @@
+"""Settings come from the environment, and what is wrong with them is said by the variable's name."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr, ValidationError
+from pydantic_settings import SettingsConfigDict
+
+from shared.errors import StartupError
+from shared.settings import ServiceSettings, load_settings
+
+
+class OvenSettings(ServiceSettings):
+    model_config = SettingsConfigDict(env_prefix="OVEN_")
+
+    heat: int = 180
+
+
+def test_variables_with_the_prefix_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVEN_PORT", "9000")
+    monkeypatch.setenv("oven_heat", "200")
+    monkeypatch.setenv("PORT", "1")
+    settings = load_settings(OvenSettings)
+    assert (settings.port, settings.heat, settings.host) == (9000, 200, "127.0.0.1")
+
+
+def test_an_empty_variable_means_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVEN_HEAT", "")
+    assert load_settings(OvenSettings).heat == 180
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("OVEN_PROT", "OVEN_PORT"), ("OVEN_MAX_QUEU", "OVEN_MAX_QUEUE"), ("oven_heta", "OVEN_HEAT")]
+)
+def test_a_misspelt_variable_is_refused_with_the_nearest_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, near: str
+) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(StartupError, match=f"^{name} is set.*did you mean {near}"):
+        load_settings(OvenSettings)
+
+
+def test_a_variable_like_no_other_is_refused_with_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVEN_QQQQQ", "1")
+    with pytest.raises(StartupError, match=r"OVEN_QQQQQ .* OVEN_HEAT, OVEN_HOST"):
+        load_settings(OvenSettings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("OVEN_PORT", "70000", "OVEN_PORT: .*less than or equal to 65535"),
+        ("OVEN_LOG_LEVEL", "loud", "OVEN_LOG_LEVEL: .*'debug'"),
+        ("OVEN_DEFAULT_TIMEOUT_MS", "700000", "default_timeout_ms is above max_timeout_ms"),
+    ],
+)
+def test_a_refused_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, why: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(StartupError, match=why):
+        load_settings(OvenSettings)
+
+
+def test_a_key_may_come_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text("of-the-file\n")
+    monkeypatch.setenv("OVEN_ADMIN_KEY_FILE", str(path))
+    assert load_settings(OvenSettings).admin_key == SecretStr("of-the-file")
+
+    monkeypatch.setenv("OVEN_ADMIN_KEY", "of-the-variable")
+    with pytest.raises(StartupError, match="both set"):
+        load_settings(OvenSettings)
+
+
+def test_a_key_file_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OVEN_API_KEY_FILE", str(tmp_path / "none"))
+    with pytest.raises(StartupError, match="OVEN_API_KEY_FILE: cannot read"):
+        load_settings(OvenSettings)
+
+
+@pytest.mark.parametrize("key", ["with space", "ключ", "line\nbreak"])
+def test_a_key_that_fits_no_header_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("OVEN_API_KEY", key)
+    with pytest.raises(StartupError, match="OVEN_API_KEY: a key consists of visible ASCII") as refused:
+        load_settings(OvenSettings)
+    assert key not in refused.value.message
+
+
+def test_readers_may_not_hold_the_admin_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVEN_API_KEY", "same")
+    monkeypatch.setenv("OVEN_ADMIN_KEY", "same")
+    with pytest.raises(StartupError, match="are the same"):
+        load_settings(OvenSettings)
+
+
+def test_settings_do_not_change_and_hide_their_keys() -> None:
+    settings = OvenSettings(admin_key=SecretStr("hidden"))
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.heat = 1
+    assert "hidden" not in repr(settings) + settings.model_dump_json()
+
+
+def test_every_setting_is_described() -> None:
+    assert [name for name, field in ServiceSettings.model_fields.items() if not field.description] == []
