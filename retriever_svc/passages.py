@@ -73,10 +73,8 @@ class PassageTable:
         return row if self.ids[row] == passage_id else None
 
     def take(self, rows: Int64Array) -> dict[int, Passage]:
-        """The passages of ``rows`` (any order, repeats allowed), by row: one read for all of them."""
+        """The passages of ``rows`` (at least one, any order, repeats allowed), by row: one read for all of them."""
         wanted = np.unique(rows).tolist()
-        if not wanted:
-            return {}
         columns = self._dataset.take(wanted, columns=READ_COLUMNS).to_pydict()
         found = zip(wanted, columns["id"], columns["title"], columns["text"], strict=True)
         return {row: Passage(id=passage_id, title=title, text=text) for row, passage_id, title, text in found}

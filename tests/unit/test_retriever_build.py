@@ -256,6 +256,12 @@ def test_a_pointer_to_no_generation_is_refused(folder: Path, name: str) -> None:
         Collection.open(folder, device="cpu")
 
 
+def test_a_collection_without_a_pointer_is_refused(folder: Path) -> None:
+    (folder / gen.CURRENT).unlink()
+    with pytest.raises(StartupError, match="CURRENT cannot be read"):
+        Collection.open(folder, device="cpu")
+
+
 def test_nothing_is_written_to_serve(folder: Path) -> None:
     def state() -> dict[str, tuple[int, int]]:
         return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*")}

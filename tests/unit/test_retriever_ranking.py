@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -116,6 +117,13 @@ def test_a_score_is_the_true_inner_product_rounded_once() -> None:
 def test_a_file_that_is_no_index_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "index.faiss").write_bytes(b"not an index")
     with pytest.raises(StartupError, match=r"index\.faiss"):
+        FlatIndex.read(tmp_path / "index.faiss")
+
+
+@pytest.mark.parametrize("other", [faiss.IndexFlatL2(4), faiss.IndexHNSWFlat(4, 8, faiss.METRIC_INNER_PRODUCT)])
+def test_an_index_of_another_kind_or_metric_is_refused(other: faiss.Index, tmp_path: Path) -> None:
+    faiss.write_index(other, str(tmp_path / "index.faiss"))
+    with pytest.raises(StartupError, match="not a flat inner-product index"):
         FlatIndex.read(tmp_path / "index.faiss")
 
 
