@@ -43,8 +43,8 @@ class Catalog:
         if not opened:
             raise StartupError(
                 f"{folder} holds no collection and the seed file {seed} does not exist: name a data folder that has "
-                "one, set the seed to a Parquet file (id, title, text, embedding), or make the demo's with "
-                "`make demo-model`"
+                "one in RETRIEVER_DATA_DIR, or a Parquet file (id, title, text, embedding) in RETRIEVER_SEED, or make "
+                "the demo's with `make demo-model`"
             )
         return cls(opened)
 

@@ -77,8 +77,8 @@ class FlatIndex:
         gpus = faiss.get_num_gpus()
         if device == "cuda" and not gpus:
             raise StartupError(
-                "the device is set to `cuda`, but faiss sees no GPU: install faiss-gpu and look at `nvidia-smi`, "
-                "or set the device to `auto`"
+                "RETRIEVER_DEVICE is `cuda`, but faiss sees no GPU: install faiss-gpu and look at `nvidia-smi`, "
+                "or set it to `auto`"
             )
         try:
             host = faiss.read_index(str(path))
@@ -91,7 +91,10 @@ class FlatIndex:
     def _move_to_gpu(self, storage: GpuStorage) -> None:
         half = storage == "float16"
         if half and self.count and float(np.abs(self._embeddings_ND).max()) > HALF_MAX:
-            raise StartupError(f"an embedding is beyond {HALF_MAX:.0f}: float16 cannot store it, choose float32")
+            raise StartupError(
+                f"an embedding is beyond {HALF_MAX:.0f}: float16 cannot store it, "
+                "choose float32 in RETRIEVER_GPU_STORAGE"
+            )
         config = faiss.GpuIndexFlatConfig()
         config.device = 0
         config.useFloat16 = half

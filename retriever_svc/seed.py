@@ -49,7 +49,7 @@ def seed_default(collections: Path, seed: Path) -> None:
             return
         raise StartupError(
             f"the collection `{DEFAULT}` cannot be made in {collections} ({error}): "
-            "make the data folder writable, or name another"
+            "make the data folder writable, or name another in RETRIEVER_DATA_DIR"
         ) from error
 
 
