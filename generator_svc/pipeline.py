@@ -22,6 +22,7 @@ from generator_svc.answers import EncodedAnswer
 from generator_svc.checkpoint import Checkpoint
 from generator_svc.contexts import Context
 from generator_svc.limits import check_answers, check_questions, choose_n_docs, generation_options
+from generator_svc.metrics import GeneratorMetrics
 from generator_svc.retriever_client import RetrieverClient
 from generator_svc.settings import GeneratorSettings
 from generator_svc.stages import Assemble, Encode, Generate, Job, Outcome, Score, ScoredAnswer, Tokenize
@@ -79,15 +80,17 @@ class Pipeline:
         checkpoint: Checkpoint,
         worker: DeviceWorker[Job, Outcome],
         retriever: RetrieverClient,
+        metrics: GeneratorMetrics,
     ) -> None:
         self._settings = settings
         self._checkpoint = checkpoint
         self._worker = worker
         self._retriever = retriever
+        self._metrics = metrics
 
     async def answer(self, request: AnswerRequest, deadline: Deadline) -> AnswerResponse:
         """Raises: RagError: what is refused, and what any step ran into."""
-        timings = Timings()
+        timings = Timings(self._metrics.stage_seconds)
         check_questions(request, self._settings)
         n_docs = choose_n_docs(request, self._checkpoint.config.n_docs, self._settings)
         strategy = self._checkpoint.strategy(request.strategy)
@@ -106,6 +109,8 @@ class Pipeline:
             _result(question, found, read, given, request)
             for question, found, read, given in zip(request.questions, evidence, contexts, answers, strict=True)
         ]
+        for result, read in zip(results, contexts, strict=True):
+            self._metrics.answered(abstained=result.abstained, truncated=sum(context.truncated for context in read))
         return AnswerResponse(
             model=self._checkpoint.name,
             strategy=strategy,
@@ -116,7 +121,7 @@ class Pipeline:
 
     async def score(self, request: ScoreRequest, deadline: Deadline) -> ScoreResponse:
         """log p(y|x) and p(z|x,y) of given answers. Raises: RagError."""
-        timings = Timings()
+        timings = Timings(self._metrics.stage_seconds)
         check_questions(request, self._settings)
         check_answers(request, self._settings)
         n_docs = choose_n_docs(request, self._checkpoint.config.n_docs, self._settings)
@@ -148,7 +153,7 @@ class Pipeline:
 
     async def search(self, request: SearchRequest, deadline: Deadline) -> SearchResponse:
         """Passages for a text, without generation. Raises: RagError."""
-        timings = Timings()
+        timings = Timings(self._metrics.stage_seconds)
         check_questions(request, self._settings)
         n_docs = choose_n_docs(request, self._checkpoint.config.n_docs, self._settings)
         evidence, index = await self._retrieve(request.questions, request.collection, n_docs, deadline, timings)
@@ -160,7 +165,7 @@ class Pipeline:
 
     async def encode(self, request: EncodeRequest, deadline: Deadline) -> tuple[Float32Array, dict[str, float]]:
         """Question vectors (B, D) float32, and the time it took. Raises: RagError."""
-        timings = Timings()
+        timings = Timings(self._metrics.stage_seconds)
         check_questions(request, self._settings)
         with timings.step("encode"):
             vectors = await self._run([Encode(question) for question in request.questions], deadline)

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from generator_svc.checkpoint import load_checkpoint
 from generator_svc.limits import most_new_tokens
+from generator_svc.metrics import GeneratorMetrics
 from generator_svc.pipeline import Pipeline
 from generator_svc.readiness import RetrieverWatch
 from generator_svc.retriever_client import RetrieverClient
@@ -55,7 +56,7 @@ class GeneratorService:
         await self._worker.start()
         checkpoint = self.stages.checkpoint
         self._retriever = RetrieverClient(settings, settings.index_encoder or checkpoint.encoder)
-        self.pipeline = Pipeline(settings, checkpoint, self._worker, self._retriever)
+        self.pipeline = Pipeline(settings, checkpoint, self._worker, self._retriever, GeneratorMetrics(registry))
         self._watch = RetrieverWatch(self._retriever, settings.readiness_interval_s)
         await self._watch.start()
 

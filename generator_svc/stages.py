@@ -166,7 +166,9 @@ class Stages:
         given = [(row, answer) for row, job in enumerate(jobs) for answer in job.answers]
         sequences, _ = pad_contexts([answer.sequence for _, answer in given], self._pad_token_id)
         question = torch.tensor([row for row, _ in given])
-        scored = self._engine.score(*self._batch(jobs), sequences, question=question, strategy=jobs[0].strategy)
+        scored = self._engine.score(
+            *self._batch(jobs), self._embedded(sequences), question=question, strategy=jobs[0].strategy
+        )
         texts = [answer.text for _, answer in given]
         return _by_question(len(jobs), question, texts, scored.log_probs, scored.doc_posterior)
 
@@ -174,7 +176,13 @@ class Stages:
         """Context ids and mask (B·N, S), document scores (B, N)."""
         rows = [context.input_ids for job in jobs for context in job.contexts]
         ids, mask = pad_contexts(rows, self._pad_token_id)
-        return ids, mask, torch.from_numpy(np.stack([job.doc_scores for job in jobs]))
+        return self._embedded(ids), mask, torch.from_numpy(np.stack([job.doc_scores for job in jobs]))
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """`ids` with those that have no row in the embedding table as unknown: <mask>, with some BARTs."""
+        config: Any = self.checkpoint.config.generator
+        unknown = self.checkpoint.generator_tokenizer.unk_token_id
+        return ids if unknown is None else ids.masked_fill(ids >= config.vocab_size, unknown)
 
 
 def _each(make: Callable[[Kind], Made], jobs: Sequence[Kind]) -> list[Made | RagError]:

@@ -55,11 +55,16 @@ class RagEngine:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str = torch.float32
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | str = torch.float32,
+        *,
+        any_strategy: bool = False,
     ) -> Self:
         """Load a checkpoint folder or hub id; see :func:`generator_svc.checkpoint.load_checkpoint`."""
         resolved = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        return cls(load_checkpoint(path, device=device, dtype=resolved))
+        return cls(load_checkpoint(path, device=device, dtype=resolved, any_strategy=any_strategy))
 
     @torch.inference_mode()
     def generate(

@@ -113,7 +113,7 @@ def generate_sequence(
     log_probs = token_log_probs(model.generator, states, contexts.mask, contexts.rows[question], sequences)
 
     generator_config: Any = model.config.generator
-    bos_token_id = model.config.bos_token_id or generator_config.bos_token_id
+    bos_token_id = model.config.bos_token_id or getattr(generator_config, "bos_token_id", None)
     best, start = [], 0
     for index, rows in enumerate(candidates):
         ranks = _rank_scores(

@@ -53,9 +53,12 @@ export function renderResult(response, { curl, elapsed, threshold }) {
   renderAlternatives(slot("alternatives"), result.abstained ? [] : result.answers, choose);
   renderTimings(slot, response, elapsed);
   slot("curl").textContent = curl;
+  const code = slot("curl");
   slot("copy").addEventListener("click", async ({ currentTarget: button }) => {
-    await navigator.clipboard.writeText(curl);
-    button.textContent = "Copied";
+    // A page that comes over plain HTTP from another machine has no clipboard: then it is selected, to be copied.
+    getSelection().selectAllChildren(code);
+    await navigator.clipboard?.writeText(curl);
+    button.textContent = navigator.clipboard ? "Copied" : "Selected";
   });
   return fragment;
 }

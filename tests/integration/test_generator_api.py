@@ -367,6 +367,16 @@ async def test_readyz_says_why_and_recovers_by_itself(checkpoint: Path, retrieve
         assert "cannot be reached" in (await readiness(http, 503))[0]
 
 
+async def test_metrics_count_stages_outcomes_and_cut_passages(alone: httpx.AsyncClient) -> None:
+    await alone.post("/v1/answer", json=ask(passages=[{"text": "Seine " * 300}]))
+    await alone.post("/v1/answer", json=ask(min_probability=1))
+    metrics = (await alone.get("/metrics")).text.splitlines()
+    assert 'generator_stage_duration_seconds_count{stage="generate"} 2.0' in metrics
+    assert 'generator_questions_total{outcome="answered"} 1.0' in metrics
+    assert 'generator_questions_total{outcome="abstained"} 1.0' in metrics
+    assert "generator_truncated_passages_total 1.0" in metrics
+
+
 async def test_info_names_the_model_and_every_limit(alone: httpx.AsyncClient, checkpoint: Path) -> None:
     info = (await alone.get("/info")).json()
     assert info["service"] == "generator"

@@ -1,5 +1,7 @@
 """What shares a batch, and that each job of a batch gets what it would get alone."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from generator_svc.contexts import Context
 from generator_svc.engine import GenerationOptions
 from generator_svc.stages import Assemble, Encode, Generate, Score, Stages, Tokenize, batch_key, batch_size
 from shared.errors import InvalidRequest
-from tests.tiny_checkpoint import save_tiny_checkpoint
+from tests.tiny_checkpoint import generator_tokenizer, save_tiny_checkpoint
 
 GREEDY = GenerationOptions(num_beams=1, max_new_tokens=8)
 
@@ -54,6 +56,20 @@ def test_a_merged_job_gets_its_own_answers(stages: Stages, strategy: str) -> Non
         [alone] = stages.run([job])
         assert [answer.text for answer in together] == [answer.text for answer in alone]
         assert [answer.log_prob for answer in together] == pytest.approx([a.log_prob for a in alone], abs=1e-4)
+
+
+def test_a_mask_token_without_a_row_of_its_own_is_read_as_unknown(tmp_path: Path) -> None:
+    stages = Stages(load_checkpoint(save_tiny_checkpoint(tmp_path, mask_row=False)))
+    mask = [("title", f"text {generator_tokenizer().mask_token}")]
+    [[context]] = stages.run([Assemble("how many?", mask)])
+    unknown = Context(
+        [3 if token == generator_tokenizer().mask_token_id else token for token in context.input_ids], False
+    )
+    assert unknown != context
+    [[read]], [[expected]] = (
+        stages.run([Generate([given], np.zeros(1, np.float32), "token", GREEDY)]) for given in (context, unknown)
+    )
+    assert read == expected
 
 
 def test_scores_of_different_numbers_of_answers_share_a_batch(stages: Stages) -> None:
