@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 from shared import arrow
@@ -49,6 +49,7 @@ ARROW_TYPE = "application/vnd.apache.arrow.stream"
 Form = Literal["json", "base64", "arrow"]
 
 _PASSAGE = pa.struct([("id", pa.int64()), ("title", pa.string()), ("text", pa.string())])
+_TIMINGS = TypeAdapter(dict[str, float])
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -235,18 +236,22 @@ def _result_from_arrow(table: pa.Table) -> RetrieveResult:
         raise InvalidRequest("doc_ids or doc_scores is missing")
     if ids.type != pa.list_(pa.int64()) or scores.type != pa.list_(pa.float32()):
         raise InvalidRequest("doc_ids or doc_scores has another type")
-    if embeds is not None and embeds.type != _embeds_type(getattr(embeds.type.value_type, "list_size", 0)):
+    if embeds is not None and not _holds_matrices(embeds.type):
         raise InvalidRequest("retrieved_doc_embeds has another type")
     if docs is not None and docs.type != pa.list_(_PASSAGE):
         raise InvalidRequest("docs has another type")
-    return RetrieveResult(
-        doc_ids=[_numbers(row.values) for row in ids],
-        doc_scores=[_numbers(row.values) for row in scores],
-        doc_embeds=None if embeds is None else [_matrix(row.values) for row in embeds],
-        docs=None if docs is None else [[Passage(**doc) for doc in row.as_py()] for row in docs],
-        index=_validated(IndexInfo, arrow.json_metadata(table, "index"), within="index"),
-        timings_ms=arrow.json_metadata(table, "timings_ms") or {},
-    )
+    about = {key: arrow.json_metadata(table, key) for key in ("index", "timings_ms")}
+    try:
+        return RetrieveResult(
+            doc_ids=[_numbers(row.values) for row in ids],
+            doc_scores=[_numbers(row.values) for row in scores],
+            doc_embeds=None if embeds is None else [_matrix(row.values) for row in embeds],
+            docs=None if docs is None else [[Passage.model_validate(doc) for doc in row.as_py()] for row in docs],
+            index=IndexInfo.model_validate(about["index"]),
+            timings_ms=_TIMINGS.validate_python(about["timings_ms"]),
+        )
+    except ValidationError as refused:
+        raise refusal_of(refused) from None
 
 
 def _column(table: pa.Table, name: str) -> pa.Array | None:
@@ -266,7 +271,15 @@ def _numbers(values: pa.Array) -> Any:
 
 
 def _matrix(rows: pa.FixedSizeListArray) -> Float32Array:
+    if rows.null_count:  # flatten() would leave them out
+        raise InvalidRequest("a list holds nulls")
     return as_float32(_numbers(rows.flatten()).reshape(len(rows), rows.type.list_size))
+
+
+def _holds_matrices(kind: pa.DataType) -> bool:
+    if not pa.types.is_list(kind) or not pa.types.is_fixed_size_list(kind.value_type):
+        return False
+    return bool(kind == _embeds_type(kind.value_type.list_size))
 
 
 def _embeds_type(dimension: int) -> pa.DataType:
