@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -193,3 +194,18 @@ def received(connection: socket.socket) -> bytes:
 def peak_memory_kb(pid: int) -> int:
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0])
+
+
+def test_traces_in_the_log_show_no_values_of_variables(start: Start) -> None:
+    service = start(wait=False, TINY_LOG_FORMAT="console", TINY_PORT="0")
+    until_s = time.monotonic() + 30
+    while "listening" not in service.log_path.read_text() and time.monotonic() < until_s:
+        time.sleep(0.02)
+    url = re.findall(r"http://127\.0\.0\.1:\d+", service.log_path.read_text())[0]
+    httpx.get(f"{url}/v1/crash", headers={"Authorization": "Bearer something-secret"})
+    service.process.terminate()
+    service.process.wait(timeout=10)
+    log = service.log_path.read_text()
+    assert "KeyError: 'the secret of the crash'" in log
+    assert "something-secret" not in log
+    assert "scope =" not in log
