@@ -49,7 +49,7 @@ class RetrieverClient:
                 max_connections=settings.retriever_connections,
                 max_keepalive_connections=settings.retriever_connections,
             ),
-            trust_env=False,
+            trust_env=False,  # a neighbour: no proxy of the environment lies between
         )
 
     async def aclose(self) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal, Self
 
+import httpx
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
@@ -50,8 +51,12 @@ class GeneratorSettings(ServiceSettings):
     @field_validator("retriever_url")
     @classmethod
     def _is_http(cls, url: str) -> str:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError("must begin with http:// or https://")
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"is no URL: {error}") from None
+        if parsed.scheme not in {"http", "https"} or not parsed.host:
+            raise ValueError("must begin with http:// or https:// and name a host")
         return url.rstrip("/")
 
     @model_validator(mode="after")

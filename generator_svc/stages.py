@@ -6,6 +6,7 @@ or the error that is its own.
 Shapes: B questions, N documents, D dimension, S source tokens, T target tokens.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -74,6 +75,8 @@ class ScoredAnswer:
     log_prob: float
     doc_posterior: list[float]
 
+
+_NOT_FINITE = "the model's probabilities are not finite; it may need another dtype: bfloat16 or float32"
 
 Job = Encode | Assemble | Generate | Tokenize | Score
 Outcome = Float32Array | list[Context] | list[EncodedAnswer] | list[ScoredAnswer] | RagError
@@ -198,13 +201,12 @@ def _each(make: Callable[[Kind], Made], jobs: Sequence[Kind]) -> list[Made | Rag
 
 def _by_question(
     n_questions: int, question: Tensor, texts: Sequence[str], log_probs: Tensor, posteriors: Tensor
-) -> list[list[ScoredAnswer]]:
-    if not bool(log_probs.isfinite().all()):
-        raise InferenceError(
-            "the model's probabilities are not finite; in float16 it may need dtype bfloat16 or float32"
-        )
+) -> list[list[ScoredAnswer] | InferenceError]:
     answers: list[list[ScoredAnswer]] = [[] for _ in range(n_questions)]
     rows = zip(question.tolist(), texts, log_probs.tolist(), posteriors.tolist(), strict=True)
     for index, text, log_prob, posterior in rows:
         answers[index].append(ScoredAnswer(text, log_prob, posterior))
-    return answers
+    return [
+        of_question if all(math.isfinite(answer.log_prob) for answer in of_question) else InferenceError(_NOT_FINITE)
+        for of_question in answers
+    ]

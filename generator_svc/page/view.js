@@ -37,23 +37,27 @@ export function renderResult(response, { curl, elapsed, threshold }) {
   const { fragment, slot } = fill("result-template");
   slot("question").textContent = result.question;
   const show = renderPassages(slot("passages"), result);
-  const text = slot("text");
-  const probability = slot("probability");
   const bar = fragment.querySelector(".bar.probability");
+  const parts = { text: slot("text"), probability: slot("probability"), note: slot("note") };
   const choose = (answer) => {
-    text.textContent = answer.text;
-    probability.textContent = percent(answer.probability);
+    parts.text.textContent = answer.text;
+    parts.probability.textContent = percent(answer.probability);
+    parts.note.textContent = answer.probability < 0.5 ? "More likely wrong than right: the passages may not hold the answer." : "";
     setBar(bar, answer.probability);
     show(answer);
   };
-  if (result.answers.length > 0) choose(result.answers[0]);
-  else show(null);
-  if (result.abstained) renderWithheld({ text, withheld: slot("withheld"), row: slot("probability-row") }, result, threshold);
-  else slot("withheld").remove();
-  renderAlternatives(slot("alternatives"), result.abstained ? [] : result.answers, choose);
+  if (result.answers.length > 0) {
+    choose(result.answers[0]);
+  } else {
+    parts.text.textContent = "I do not know.";
+    parts.note.textContent = `No answer reaches a probability of ${Math.round(100 * threshold)} %. These passages came nearest to the question:`;
+    slot("probability-row").remove();
+    show(null);
+  }
+  renderAlternatives(slot("alternatives"), result.answers, choose);
   renderTimings(slot, response, elapsed);
-  slot("curl").textContent = curl;
   const code = slot("curl");
+  code.textContent = curl;
   slot("copy").addEventListener("click", async ({ currentTarget: button }) => {
     // A page that comes over plain HTTP from another machine has no clipboard: then it is selected, to be copied.
     getSelection().selectAllChildren(code);
@@ -61,12 +65,6 @@ export function renderResult(response, { curl, elapsed, threshold }) {
     button.textContent = navigator.clipboard ? "Copied" : "Selected";
   });
   return fragment;
-}
-
-function renderWithheld({ text, withheld, row }, result, threshold) {
-  text.textContent = "I do not know.";
-  withheld.textContent = `No answer reaches a probability of ${Math.round(100 * threshold)} %. These passages came nearest to the question:`;
-  if (result.answers.length === 0) row.remove();
 }
 
 function renderAlternatives(fieldset, answers, choose) {

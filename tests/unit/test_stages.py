@@ -9,7 +9,7 @@ from generator_svc.checkpoint import load_checkpoint
 from generator_svc.contexts import Context
 from generator_svc.engine import GenerationOptions
 from generator_svc.stages import Assemble, Encode, Generate, Score, Stages, Tokenize, batch_key, batch_size
-from shared.errors import InvalidRequest
+from shared.errors import InferenceError, InvalidRequest
 from tests.tiny_checkpoint import generator_tokenizer, save_tiny_checkpoint
 
 GREEDY = GenerationOptions(num_beams=1, max_new_tokens=8)
@@ -82,6 +82,13 @@ def test_scores_of_different_numbers_of_answers_share_a_batch(stages: Stages) ->
         [alone] = stages.run([job])
         assert [answer.text for answer in together] == [answer.text for answer in job.answers]
         assert [answer.log_prob for answer in together] == pytest.approx([a.log_prob for a in alone], abs=1e-4)
+
+
+def test_probabilities_that_are_not_finite_are_an_error_and_no_answer(tmp_path: Path) -> None:
+    stages = Stages(load_checkpoint(save_tiny_checkpoint(tmp_path)))
+    stages.checkpoint.model.generator.final_logits_bias.fill_(float("nan"))  # as an overflow in float16 leaves it
+    [outcome] = stages.run([generate(2)])
+    assert isinstance(outcome, InferenceError)
 
 
 def test_a_refused_job_leaves_the_others_of_its_batch_alone(stages: Stages) -> None:
