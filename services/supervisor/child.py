@@ -65,19 +65,18 @@ class Child:
 
     async def stop(self, grace_s: float) -> None:
         """Ask it to drain (SIGTERM), wait, and kill what is left after ``grace_s``."""
-        self.signal(signal.SIGTERM)
+        if self._process.returncode is None:
+            self._process.terminate()
         try:
             await asyncio.wait_for(self._process.wait(), grace_s)
         except TimeoutError:
             self.kill()
         await self.wait()
 
-    def signal(self, number: signal.Signals) -> None:
-        if self._process.returncode is None:
-            self._process.send_signal(number)
-
     def kill(self) -> None:
         """End it and everything in its group, now."""
+        if self._process.returncode is not None:
+            return  # its number may be another's by now
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 

@@ -36,8 +36,9 @@ def transcripts() -> list[Transcript]:
     for block in blocks("console"):
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             # A command goes on after a backslash at the end of a line.
-            command, output = re.fullmatch(r"((?:.*\\\n)*.*\n)(.*)", part, flags=re.DOTALL).groups()  # type: ignore[union-attr]
-            found.append(Transcript(command.strip(), output.strip()))
+            command = re.match(r"(?:.*\\\n)*.*\n", part)
+            assert command is not None
+            found.append(Transcript(command[0].strip(), part[command.end() :].strip()))
     return found
 
 
