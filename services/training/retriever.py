@@ -139,5 +139,5 @@ class RetrieverTask:
         with torch.autocast("cpu", torch.bfloat16):
             passages = embed(self.context_encoder, self.tokenizer, self.dev.passages)
             questions = embed(self.question_encoder, self.tokenizer, self.dev.questions)
-        ranked = (questions @ passages.T).topk(5, dim=1).indices.tolist()
+        ranked = (questions @ passages.T).topk(min(5, len(passages)), dim=1).indices.tolist()
         return {f"recall@{k}": recall_at(k, ranked, self.dev.gold) for k in (1, 5)}
