@@ -1,6 +1,6 @@
 """`rag demo`: the corpus and the checkpoint that come with the project, made anew or examined.
 
-Each command becomes the module that does the work (``python -m …``), which has options and a ``--help`` of its own.
+Each command becomes the module that does the work (``python -m …``), whose options are its own.
 """
 
 import os
@@ -17,23 +17,23 @@ app = typer.Typer(
 _FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
-@app.command(context_settings=_FORWARD)
-def build(context: typer.Context) -> None:
-    """Write the corpus with its embeddings: what the retriever builds its index from."""
-    _become("services.demo.build", context)
+@app.command()
+def build() -> None:
+    """Write the corpus with its embeddings: what the retriever builds its first index from."""
+    _become("services.demo.build", [])
 
 
 @app.command(context_settings=_FORWARD)
 def train(context: typer.Context) -> None:
     """Train the demo checkpoint from nothing (about an hour on two cores); continues where it was stopped."""
-    _become("services.demo.train", context)
+    _become("services.demo.train", context.args)
 
 
 @app.command("eval", context_settings=_FORWARD)
 def evaluate(context: typer.Context) -> None:
     """Measure exact match and recall on questions about entities that training never saw."""
-    _become("services.demo.evaluate", context)
+    _become("services.demo.evaluate", context.args)
 
 
-def _become(module: str, context: typer.Context) -> None:
-    os.execv(sys.executable, [sys.executable, "-m", module, *context.args])  # noqa: S606  (no shell is wanted)
+def _become(module: str, arguments: list[str]) -> None:
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606  (no shell is wanted)

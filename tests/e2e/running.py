@@ -88,7 +88,7 @@ class Up:
                 return all(client.ready(service).status == "ok" for service in ("retriever", "generator"))
 
         until(both_ready, START_WITHIN_S, "both services ready")
-        until(lambda: "ready" in self.lines[-1] or "Ctrl-C" in self.lines[-1], 10, "rag up says so")
+        until(lambda: "Ctrl-C stops" in self.log or '"event": "ready"' in self.log, 10, "rag up says so")
         return self
 
     def client(self, timeout_s: float = 60) -> RagClient:

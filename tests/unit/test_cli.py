@@ -37,7 +37,7 @@ ANSWERS = [
     Answer(text="2 138 551", log_prob=-0.1, probability=0.905, doc_posterior=[0.01, 0.99]),
     Answer(text="522 250", log_prob=-3.0, probability=0.05, doc_posterior=[0.97, 0.03]),
 ]
-LIMITS = {"limits": {"max_n_docs": 50}, "versions": {"numpy": "2"}, "device": "cpu", "version": "0.1.0"}
+LIMITS: dict[str, Any] = {"limits": {"max_n_docs": 50}, "versions": {"numpy": "2"}, "device": "cpu", "version": "0.1.0"}
 COLLECTION = CollectionInfo(
     name="default",
     generation="g1",
@@ -236,7 +236,9 @@ def test_wrong_usage_has_code_2(rag: Rag) -> None:
     assert rag("ask", "q", "--min-probability", "2")[0] == 2
 
 
-@pytest.mark.parametrize("command", [[], ["up"], ["ask"], ["search"], ["info"], ["demo"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [[], ["up"], ["ask"], ["search"], ["info"], ["demo"], ["demo", "build"]], ids=" ".join
+)
 def test_every_command_explains_itself(rag: Rag, command: list[str]) -> None:
     code, out, _ = rag(*command, "--help")
     assert code == 0
@@ -254,3 +256,10 @@ def test_the_command_starts_without_the_heavy_libraries() -> None:
     program = f"import sys, services.cli; print(*({heavy!r} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert loaded.stdout.split() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "option"), [("train", "--steps"), ("eval", "--questions")])
+def test_the_commands_of_the_demo_have_the_options_of_their_modules(command: str, option: str) -> None:
+    rag = [sys.executable, "-m", "services.cli", "demo", command, "--help"]
+    assert option in subprocess.run(rag, capture_output=True, text=True, check=True).stdout

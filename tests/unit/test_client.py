@@ -38,11 +38,11 @@ class Service:
 
     def __init__(self, status: int = 200, body: Any = None, headers: dict[str, str] | None = None) -> None:
         self.requests: list[httpx.Request] = []
-        self._response = lambda: httpx.Response(status, json=ANSWER if body is None else body, headers=headers)
+        self._status, self._body, self._headers = status, ANSWER if body is None else body, headers
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
-        return self._response()
+        return httpx.Response(self._status, json=self._body, headers=self._headers)
 
     @property
     def sent(self) -> Any:

@@ -62,7 +62,7 @@ class Record:
 
     lines: list[tuple[str, str]] = field(default_factory=list)
     waits: list[Mapping[Service, Sequence[str]]] = field(default_factory=list)
-    ups: list[Mapping[str, str]] = field(default_factory=list)
+    ups: list[Mapping[Service, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
