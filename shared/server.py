@@ -39,6 +39,13 @@ class DrainingServer(uvicorn.Server):
         self.drain = drain
         self.drain_timeout_s = drain_timeout_s
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # Only now: who waits for this line connects at once.
+        for sock in sockets or []:
+            host, port = sock.getsockname()[:2]
+            log.info("listening", url=f"http://{_bracketed(host)}:{port}")
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  uvicorn's signature
         # Unlike uvicorn's, it does not keep the signal to raise it again: a drained stop is a success.
         self.drain.begin()
@@ -100,9 +107,7 @@ async def _run(app: FastAPI, settings: ServiceSettings, config: uvicorn.Config) 
     # Bound first, so that a taken port shows before a model is loaded; it listens only when the app can answer.
     with _bind(settings) as sock:
         async with app.router.lifespan_context(app):
-            host, port = sock.getsockname()[:2]
-            log.info("listening", url=f"http://{_bracketed(host)}:{port}", keys=auth_is_on(settings))
-            if not auth_is_on(settings) and not _is_loopback(host):
+            if not auth_is_on(settings) and not _is_loopback(sock.getsockname()[0]):
                 log.warning("open_to_the_network", advice="set an admin key, or listen on 127.0.0.1")
             await DrainingServer(config, app.state.drain, settings.drain_timeout_s).serve(sockets=[sock])
         log.info("stopped")

@@ -234,9 +234,8 @@ class DeviceWorker(Generic[Item, Result]):
         wanted = [entry for entry in batch if entry.wanted]
         if not wanted:
             return
-        began_s = time.monotonic()
         try:
-            results = self._run_batch([entry.item for entry in wanted])
+            results = self._measured(wanted)
             if len(results) != len(wanted):
                 raise RuntimeError(f"{len(results)} results for {len(wanted)} items")
         except RagError as error:
@@ -250,9 +249,15 @@ class DeviceWorker(Generic[Item, Result]):
         else:
             for entry, result in zip(wanted, results, strict=True):
                 entry.resolve(result)
+
+    def _measured(self, entries: Sequence[_Entry[Item, Result]]) -> Sequence[Result]:
+        """Runs the batch. It is counted before anyone has its result: who reads the metrics next finds it there."""
+        began_s = time.monotonic()
+        try:
+            return self._run_batch([entry.item for entry in entries])
         finally:
             if self._metrics is not None:
-                self._metrics.ran(sum(entry.size for entry in wanted), time.monotonic() - began_s)
+                self._metrics.ran(sum(entry.size for entry in entries), time.monotonic() - began_s)
 
     def _reject(self, entries: Sequence[_Entry[Item, Result]], error: RagError) -> None:
         for entry in entries:
