@@ -115,7 +115,7 @@ class Pair:
             for child in self.children.values():
                 child.kill()
         else:
-            self._reporter.note(f"{number.name}: requests in flight are finished, then both services stop")
+            self._reporter.note(f"{number.name}: finishing the requests in flight, then both services stop")
             self._stop.set()
 
 

@@ -1,15 +1,19 @@
 """What the supervisor says while it runs: to a person at a terminal, or as JSON lines to a log collector."""
 
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.text import Text
 
 from services.client.calls import Service
+from services.client.clients import DEFAULT_URL
 
 _STYLES: dict[Service, str] = {"retriever": "cyan", "generator": "magenta"}
 _WIDTH = max(map(len, _STYLES))
@@ -55,7 +59,9 @@ class ConsoleReporter:
     def up(self, urls: Mapping[Service, str], took_s: float) -> None:
         self._print(Text(f"Both services are ready after {took_s:.1f} s.", "bold green"))
         self._print(Text.assemble("  Ask in the browser  ", (urls["generator"] + "/", "bold underline")))
-        self._print(Text.assemble("  or on the terminal  ", ('rag ask "How many people live in Paris?"', "bold")))
+        elsewhere = "" if urls["generator"] == DEFAULT_URL else f" --url {urls['generator']}"
+        ask = f'{_command()} ask "How many people live in Paris?"{elsewhere}'
+        self._print(Text.assemble("  or on the terminal  ", (ask, "bold")))
         self._print(Text("  Ctrl-C stops both."))
 
     def note(self, text: str, service: Service | None = None) -> None:
@@ -67,6 +73,12 @@ class ConsoleReporter:
 
     def _print(self, text: Text) -> None:
         self._console.print(text, soft_wrap=True)
+
+
+def _command() -> str:
+    """What a person has to type for `rag`: `make run` does not put .venv/bin on the path."""
+    started_as = Path(sys.argv[0])
+    return os.path.relpath(started_as) if started_as.name == "rag" and not shutil.which("rag") else "rag"
 
 
 class JsonReporter:

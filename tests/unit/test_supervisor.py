@@ -263,6 +263,13 @@ def test_people_see_whose_line_it_is() -> None:
     assert out.getvalue() == "retriever │ [bold]not markup[/bold], and longer than the terminal is wide\n"
 
 
+@pytest.mark.parametrize(("port", "option"), [(8000, ""), (8010, " --url http://127.0.0.1:8010")])
+def test_the_hint_asks_the_services_that_were_started(port: int, option: str) -> None:
+    out = StringIO()
+    ConsoleReporter(Console(file=out)).up({"generator": url_of("127.0.0.1", port)}, took_s=1.0)
+    assert f'rag ask "How many people live in Paris?"{option}\n' in out.getvalue()
+
+
 def test_without_a_terminal_the_reasons_are_said_once() -> None:
     out = StringIO()
     reporter = ConsoleReporter(Console(file=out))
