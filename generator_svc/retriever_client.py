@@ -1,7 +1,6 @@
 """The retriever service as the generator calls it: pooled, retried while out of reach, bounded by the deadline."""
 
 import asyncio
-import itertools
 import json
 import random
 import time
@@ -68,21 +67,23 @@ class RetrieverClient:
             DeadlineExceeded.
         """
         give_up_s = time.monotonic() + self._retry_s
-        for attempt in itertools.count():
+        pause_s = _FIRST_PAUSE_S
+        while True:
             deadline.check("documents were retrieved")
             try:
                 result = await self._ask(query, deadline)
             except Unavailable as error:
-                pause_s = min(_FIRST_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S) * random.uniform(0.5, 1)
-                if time.monotonic() + pause_s > give_up_s:
+                # Jitter keeps callers that failed together from coming back together.
+                jittered_s = pause_s * random.uniform(0.5, 1)
+                if time.monotonic() + jittered_s > give_up_s:
                     raise UpstreamError(error.message) from error
-                if pause_s > deadline.remaining_s:
+                if jittered_s > deadline.remaining_s:
                     raise DeadlineExceeded(f"the deadline passed; {error.message}") from error
-                await asyncio.sleep(pause_s)
+                await asyncio.sleep(jittered_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             else:
                 self.check_encoder(result.index.encoder, result.index.collection)
                 return result
-        raise AssertionError("itertools.count never ends")
 
     def check_encoder(self, encoder: str, collection: str) -> None:
         """Raises: EncoderMismatch."""

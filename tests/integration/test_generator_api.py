@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from starlette.responses import JSONResponse
 from transformers import RagTokenForGeneration, RagTokenizer
 
 from generator_svc.app import create_app
@@ -365,6 +366,15 @@ async def test_readyz_says_why_and_recovers_by_itself(checkpoint: Path, retrieve
         assert await readiness(http, 200) == []
         await asyncio.to_thread(server.__exit__, None, None, None)
         assert "cannot be reached" in (await readiness(http, 503))[0]
+
+
+async def test_readyz_says_when_something_else_listens_there(checkpoint: Path) -> None:
+    async def anything(scope: Any, receive: Any, send: Any) -> None:
+        await JSONResponse({"hello": "world"})(scope, receive, send)
+
+    with served(anything) as url:
+        async with generator(checkpoint, url) as http:
+            assert "does not speak like a retriever" in (await http.get("/readyz")).json()["reasons"][0]
 
 
 async def test_metrics_count_stages_outcomes_and_cut_passages(alone: httpx.AsyncClient) -> None:

@@ -86,6 +86,14 @@ async def test_a_retriever_that_is_away_fails_within_the_retry_budget() -> None:
         assert time.monotonic() - began < 1.5
 
 
+async def test_no_pause_outlasts_the_deadline() -> None:
+    async for client in open_client(f"http://127.0.0.1:{free_port()}", retriever_retry_s=30):
+        began = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match="cannot be reached"):
+            await client.retrieve(QUERY, soon(0.4))
+        assert time.monotonic() - began < 1
+
+
 async def test_a_retriever_that_comes_back_in_time_is_not_noticed(retriever: SmallRetriever) -> None:
     port, done = free_port(), threading.Event()
 

@@ -129,6 +129,15 @@ def test_a_tokenizer_larger_than_the_embedding_table_is_refused(folder: Path) ->
         load_checkpoint(folder)
 
 
+@pytest.mark.parametrize(("token", "reason"), [("<unk>", "pad_token_id 3 and .* 1"), (None, "no padding token")])
+def test_a_tokenizer_with_other_special_tokens_is_refused(folder: Path, token: str | None, reason: str) -> None:
+    other = generator_tokenizer().__class__.from_pretrained(folder / "generator_tokenizer")
+    other.pad_token = token
+    other.save_pretrained(folder / "generator_tokenizer")
+    with pytest.raises(StartupError, match=reason):
+        load_checkpoint(folder)
+
+
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     BartConfig().save_pretrained(tmp_path)
     with pytest.raises(StartupError, match="'bart' model, not a RAG checkpoint"):

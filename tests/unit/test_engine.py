@@ -170,6 +170,16 @@ def test_score_gives_generated_answers_the_same_numbers(checkpoints: list[Path],
     assert scored.doc_posterior.numpy() == pytest.approx(made.doc_posterior.numpy(), abs=1e-4)
 
 
+def test_sequences_belong_to_the_questions_in_equal_shares_unless_told_otherwise(checkpoints: list[Path]) -> None:
+    engine = RagEngine.from_pretrained(checkpoints[0])
+    contexts = random_contexts(3)
+    made = engine.generate(*contexts, strategy="token", num_beams=2, num_return_sequences=2, max_new_tokens=8)
+    scored = engine.score(*contexts, made.sequences, strategy="token")
+    assert scored.log_probs.tolist() == pytest.approx(made.log_probs.tolist(), abs=1e-4)
+    with pytest.raises(InvalidRequest, match="multiple"):
+        engine.score(*contexts, made.sequences[1:], strategy="token")
+
+
 def test_scoring_in_small_steps_changes_nothing(checkpoints: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = RagEngine.from_pretrained(checkpoints[0])
     contexts = random_contexts(3)
