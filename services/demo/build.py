@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +48,8 @@ def embed_passages(
 def checkpoint_fingerprint(checkpoint: Path) -> str:
     """Fingerprint of a RAG checkpoint's question encoder, as the generator computes it."""
     model = RagModel.from_pretrained(checkpoint, dtype=torch.float32)
-    return encoder_fingerprint(model.question_encoder, RagTokenizer.from_pretrained(checkpoint).question_encoder)
+    tokenizers: Any = RagTokenizer
+    return encoder_fingerprint(model.question_encoder, tokenizers.from_pretrained(checkpoint).question_encoder)
 
 
 def write_passages(path: Path, passages: Sequence[Passage], embeddings: np.ndarray, encoder: str) -> None:

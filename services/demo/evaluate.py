@@ -7,8 +7,9 @@ Beside it stands the same reader without passages ("closed book"): what it gets 
 
 import argparse
 import json
+import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,12 @@ def _abstention(
     dev: Sequence[Answer],
 ) -> Report:
     """How well a caller can tell the unanswerable questions; `dev` sets the threshold and the scales."""
-    signals = {
-        "answer probability": lambda answer: answer.probability,
+    signals: dict[str, Callable[[Answer], float]] = {
+        "answer probability": lambda answer: answer.log_prob,
         "retrieval score": lambda answer: answer.top_score,
-        # Both fall short of their usual values by comparable amounts: each is measured in dev's own spread.
-        "both": lambda answer: (
-            min(answer.probability / _low(dev, "probability"), 1.0)
-            * min(answer.top_score / _low(dev, "top_score"), 1.0)
+        "sum of both, standardised": lambda answer: (
+            _standardised(answer.log_prob, [a.log_prob for a in dev])
+            + _standardised(answer.top_score, [a.top_score for a in dev])
         ),
     }
     correct = [
@@ -137,10 +137,8 @@ def _abstention(
     }
 
 
-def _low(answers: Sequence[Answer], signal: str) -> float:
-    """The value that all but a few (`1 - KEPT`) of `answers` reach."""
-    values = sorted(float(getattr(answer, signal)) for answer in answers)
-    return values[int(len(values) * (1 - KEPT))]
+def _standardised(value: float, reference: Sequence[float]) -> float:
+    return (value - statistics.mean(reference)) / (statistics.pstdev(reference) or 1.0)
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -152,7 +150,7 @@ def print_report(report: Report, console: Console) -> None:
     ):
         table = Table(title=title, title_justify="left")
         table.add_column("kind")
-        for heading in ("n", "recall@1", "recall@5", "EM RAG-Token", "EM RAG-Sequence", "EM closed book"):
+        for heading in ("n", "recall@1", "recall@5", "EM Token", "EM Sequence", "EM closed book"):
             table.add_column(heading, justify="right")
         for kind, row in report[name].items():
             table.add_row(kind, str(row["n"]), *(f"{value:.1%}" for key, value in row.items() if key != "n"))

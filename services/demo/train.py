@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -63,8 +64,8 @@ class Materials:
             texts = list(_training_texts(entities, passages))
             train_encoder_tokenizer(texts).save_pretrained(folders[0])
             train_reader_tokenizer(texts).save_pretrained(folders[1])
-        encoder_tokenizer, reader_tokenizer = (AutoTokenizer.from_pretrained(folder) for folder in folders)
-        return cls(entities, passages, encoder_tokenizer, reader_tokenizer)
+        tokenizers: list[Any] = [AutoTokenizer.from_pretrained(folder) for folder in folders]
+        return cls(entities, passages, *tokenizers)
 
     def mixture(self) -> Mixture:
         """The source of training examples; names are made of both vocabularies' tokens too."""

@@ -1,10 +1,11 @@
 """Putting a trained question encoder and reader together in transformers' RAG format."""
 
 from pathlib import Path
+from typing import Any
 
-from torch import nn
 from transformers import (
     BartForConditionalGeneration,
+    DPRContextEncoder,
     DPRQuestionEncoder,
     PreTrainedTokenizerBase,
     RagConfig,
@@ -45,13 +46,14 @@ def save_rag_checkpoint(
     )
     model = RagTokenForGeneration(config=config, question_encoder=question_encoder, generator=reader)
     model.generation_config = new_generation_config()
-    model.half().save_pretrained(folder)
+    model.half().save_pretrained(folder)  # type: ignore[no-untyped-call]
     model.config.architectures = ["RagTokenForGeneration", "RagSequenceForGeneration"]
     model.config.save_pretrained(folder)
-    RagTokenizer(question_tokenizer, reader_tokenizer).save_pretrained(folder)
+    tokenizers: Any = RagTokenizer
+    tokenizers(question_tokenizer, reader_tokenizer).save_pretrained(folder)
 
 
-def save_context_encoder(folder: Path, encoder: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_context_encoder(folder: Path, encoder: DPRContextEncoder, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the DPR context encoder (converted to half precision in place) and its tokenizer."""
-    encoder.half().save_pretrained(folder)
+    encoder.half().save_pretrained(folder)  # type: ignore[no-untyped-call]
     tokenizer.save_pretrained(folder)

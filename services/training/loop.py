@@ -22,7 +22,8 @@ Report = Callable[[Mapping[str, Any]], None]
 class Task(Protocol):
     """What is trained: a model, its loss on freshly drawn examples, and how well it does on the dev split."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
 
     def loss(self, rng: random.Random, progress: float) -> Tensor:
         """Loss of one batch drawn from `rng`; `progress` in [0, 1) is the share of the run done (a curriculum)."""
@@ -77,7 +78,7 @@ def train(
             group["lr"] = schedule.rate(step)
         loss = task.loss(random.Random(f"{seed}/{step}"), step / schedule.steps)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
         optimizer.step()
 

@@ -6,7 +6,7 @@ B examples, T target tokens, V vocabulary.
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,6 @@ def new_reader(vocab_size: int, *, seed: int = 0) -> BartForConditionalGeneratio
         pad_token_id=PAD,
         eos_token_id=EOS,
         decoder_start_token_id=EOS,
-        forced_bos_token_id=None,
         forced_eos_token_id=EOS,
     )
     reader = BartForConditionalGeneration(config)
@@ -58,7 +57,7 @@ def new_reader(vocab_size: int, *, seed: int = 0) -> BartForConditionalGeneratio
 
 def new_generation_config() -> GenerationConfig:
     """How the reader and the RAG model generate unless told otherwise: greedily, up to an answer's length."""
-    return GenerationConfig(
+    return GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=BOS,
         pad_token_id=PAD,
         eos_token_id=EOS,
@@ -70,7 +69,7 @@ def new_generation_config() -> GenerationConfig:
 
 @torch.no_grad()
 def read(
-    reader: BartForConditionalGeneration,
+    reader: Any,
     tokenizer: PreTrainedTokenizerBase,
     contexts: Sequence[str],
     *,

@@ -124,7 +124,7 @@ class TestReport:
         printed = io.StringIO()
         print_report(report, Console(file=printed, width=110))
         save_report(report, tmp_path)
-        assert "RAG-Sequence" in printed.getvalue()
+        assert "EM Sequence" in printed.getvalue()
         assert (tmp_path / "demo_eval.txt").read_text() == printed.getvalue()
         assert json.loads((tmp_path / "demo_eval.json").read_text()) == report
 
