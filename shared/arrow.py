@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.ipc
 
@@ -61,7 +62,7 @@ def json_metadata(table: pa.Table, key: str) -> Any:
         raise RequestError(f"the schema metadata {key!r} is not valid JSON", param=key) from None
 
 
-def vector_array(vectors: Float32Array) -> pa.FixedSizeListArray:
+def vector_array(vectors: npt.NDArray[np.floating]) -> pa.FixedSizeListArray:
     """(B, D) as one fixed_size_list<float32|float16>[D] a row."""
     flat = np.ascontiguousarray(vectors).reshape(-1)
     return pa.FixedSizeListArray.from_arrays(pa.array(flat), vectors.shape[1])

@@ -145,7 +145,7 @@ async def test_it_serves_on_after_a_crash(http: httpx.AsyncClient) -> None:
 async def test_a_sane_request_id_is_kept_and_another_replaced(http: httpx.AsyncClient) -> None:
     assert (await http.get("/livez", headers={"X-Request-ID": "abc-1"})).headers["X-Request-ID"] == "abc-1"
     for insane in ("", "x" * 129, "with space", "tab\there", "é"):
-        given = (await http.get("/livez", headers={"X-Request-ID": insane.encode()})).headers["X-Request-ID"]
+        given = (await http.get("/livez", headers={b"X-Request-ID": insane.encode()})).headers["X-Request-ID"]
         assert given != insane
         assert len(given) == 32
 
