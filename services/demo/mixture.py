@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from generator_svc.contexts import context_text, question_form
 from services.demo.corpus import passage_groups, render_passage
-from services.demo.facts import Entity, Kind, fold
+from services.demo.facts import KINDS, Entity, Kind, fold
 from services.demo.questions import ask, spoken_name
 from services.demo.synthetic import Example, ExampleStream
+from services.demo.wording import WORDINGS
 from services.training.reader import Reading
 from services.training.retriever import Pair
 
@@ -23,8 +24,9 @@ READER_KINDS: dict[Kind, float] = {"city": 0.40, "country": 0.40, "element": 0.1
 READER_REAL = 0.3
 CURRICULUM = 0.33
 """Share of the reader's run in which passages grow from one fact to seven."""
-UNTOLD = 0.15
-"""Share of the reader's examples, after the curriculum, whose passage does not tell the answer."""
+UNTOLD, UNTOLD_LATE = 0.15, 0.25
+"""Share of the reader's examples, after the curriculum and in the last quarter, whose passage does not tell."""
+LATE = 0.75
 
 RETRIEVER_BATCH = 128
 RETRIEVER_KINDS: dict[Kind, float] = {"city": 0.50, "country": 0.35, "element": 0.07, "airport": 0.08}
@@ -73,11 +75,26 @@ class Mixture:
         real = rng.random() < READER_REAL * (1.0 if grown else 0.3)
         entity = self._draw_real(rng, READER_KINDS) if real else self._stream.entity(rng)
         example = self._stream.example(rng, entity, _max_facts(rng, progress))
-        if grown and rng.random() < UNTOLD:
-            untold = self._left_out(rng, entity) if rng.random() < 0.4 else self._of_another(rng, example)
+        late = progress >= LATE
+        if grown and rng.random() < (UNTOLD_LATE if late else UNTOLD):
+            untold = self._untold(rng, entity, example, late=late)
             if untold is not None:
                 return untold
         return Reading(self._context(example.title, example.text, example.question), example.answer)
+
+    def _untold(self, rng: random.Random, entity: Entity, example: Example, *, late: bool) -> Reading | None:
+        """A passage that does not tell; None where the draw happens to give one that does."""
+        draw = rng.random()
+        if late and draw >= 0.75:
+            return self._beside_the_point(rng, example)
+        return self._left_out(rng, entity) if draw < 0.4 * (0.75 if late else 1.0) else self._of_another(rng, example)
+
+    def _beside_the_point(self, rng: random.Random, example: Example) -> Reading | None:
+        """A fact that entities of this kind do not have: the melting point of a city."""
+        kind = rng.choice([other for other in KINDS if other != example.kind])
+        facts = [fact for fact in WORDINGS[kind] if fact not in WORDINGS[example.kind]]
+        question = ask(rng, kind, rng.choice(facts), example.entity)
+        return None if question is None else Reading(self._context(example.title, example.text, question), None)
 
     def _of_another(self, rng: random.Random, example: Example) -> Reading | None:
         """The same fact asked of a similar name, or of any other."""

@@ -39,7 +39,7 @@ from services.training.tokenizers import train_encoder_tokenizer, train_reader_t
 
 WORK = Path("data/training")
 SCHEDULES = {
-    "retriever": Schedule(steps=3600, warmup=200),
+    "retriever": Schedule(steps=3200, warmup=200, plateau=0.15),
     "reader": Schedule(steps=6000, warmup=300, plateau=0.4),
 }
 SEED = 0

@@ -30,9 +30,10 @@ class Pair(NamedTuple):
 
 
 def new_dpr_pair(vocab_size: int, *, seed: int = 0) -> tuple[DPRQuestionEncoder, DPRContextEncoder]:
-    """Two encoders of 2.1 M parameters each, started from the same random weights.
+    """Question and context encoder, of 2.1 M parameters that they share.
 
-    The shared start puts a name at the same place on both sides, which is most of what there is to learn.
+    Shared weights put a name at the same place on both sides, one never seen before too; that is most of what there
+    is to learn. Saved separately, they are an ordinary DPR pair.
     """
     torch.manual_seed(seed)
     config = DPRConfig(
@@ -49,7 +50,7 @@ def new_dpr_pair(vocab_size: int, *, seed: int = 0) -> tuple[DPRQuestionEncoder,
         pad_token_id=0,
     )
     question_encoder, context_encoder = DPRQuestionEncoder(config), DPRContextEncoder(config)
-    context_encoder.ctx_encoder.load_state_dict(question_encoder.question_encoder.state_dict())
+    context_encoder.ctx_encoder = question_encoder.question_encoder
     return question_encoder, context_encoder
 
 
