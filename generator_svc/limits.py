@@ -5,7 +5,7 @@ An option is honoured or refused, never ignored: one that would have no effect w
 
 from generator_svc.checkpoint import Checkpoint
 from generator_svc.engine import GenerationOptions
-from generator_svc.settings import GeneratorSettings
+from generator_svc.settings import DEFAULT_COLLECTION, GeneratorSettings
 from shared.errors import InvalidRequest
 from shared.schemas import AnswerRequest, Asked, ScoreRequest, SearchRequest, Strategy
 
@@ -30,7 +30,7 @@ def choose_n_docs(
         return n_docs
     if request.n_docs not in (None, len(passages)):
         raise InvalidRequest(f"n_docs is {request.n_docs}, but {len(passages)} passages are given", param="n_docs")
-    if "collection" in request.model_fields_set:
+    if request.collection != DEFAULT_COLLECTION:
         raise InvalidRequest("collection has no effect where passages are given", param="collection")
     _at_most("passages", len(passages), settings.max_n_docs)
     return len(passages)

@@ -7,12 +7,11 @@ import structlog
 from pydantic import ValidationError
 
 from generator_svc.retriever_client import RetrieverClient
+from generator_svc.settings import DEFAULT_COLLECTION
 from shared.deadline import Deadline
 from shared.errors import RagError
 
 log = structlog.get_logger(__name__)
-
-DEFAULT_COLLECTION = "default"
 
 
 class RetrieverWatch:

@@ -10,6 +10,7 @@ from pydantic_settings import SettingsConfigDict
 from shared.settings import ServiceSettings
 
 DEMO_CHECKPOINT = Path(__file__).parents[1] / "services" / "demo" / "checkpoint"
+DEFAULT_COLLECTION = "default"
 
 
 class GeneratorSettings(ServiceSettings):

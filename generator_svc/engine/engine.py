@@ -97,7 +97,7 @@ class RagEngine:
         self._check(config, chosen)
         states = heads.encode(self._model, contexts)
         with _seeded(requested.seed if config.do_sample else None, self.checkpoint.device):
-            if chosen == "token":
+            if chosen == "token":  # transformers' search encodes the contexts once more, by itself
                 found = heads.generate_token(self._model, contexts, config)
             else:
                 found = heads.generate_sequence(

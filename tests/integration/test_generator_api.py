@@ -286,7 +286,7 @@ async def test_vectors_come_in_three_forms(alone: httpx.AsyncClient, checkpoint:
         ("/v1/answer", ask(length_penalty=2.0), 422, "length_penalty"),
         ("/v1/answer", ask(deduplicate=False), 422, "deduplicate"),
         ("/v1/answer", ask(n_docs=3), 422, "n_docs"),
-        ("/v1/answer", ask(collection="default"), 422, "collection"),
+        ("/v1/answer", ask(collection="other"), 422, "collection"),
         ("/v1/answer", ask(passages=PASSAGES * 26), 422, "passages"),
         ("/v1/answer", ask(passages=[]), 422, "passages"),
         ("/v1/answer", ask(passages=[{"text": "t", "score": 1e39}]), 422, "passages.0.score"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import RagSequenceForGeneration, RagTokenForGeneration
@@ -134,7 +134,7 @@ def exact_likelihoods(
     return float(log_prob), np.exp(joint - np.logaddexp.reduce(joint))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 1000),
     n_docs=st.integers(1, 5),
@@ -241,19 +241,16 @@ def test_rag_token_gives_as_many_samples_as_asked_for(checkpoints: list[Path]) -
     assert len(set(map(tuple, made.sequences[:4].tolist()))) > 1
 
 
-def test_rag_sequence_returns_the_candidates_there_are(checkpoints: list[Path]) -> None:
-    engine = RagEngine.from_pretrained(checkpoints[5])  # answers end at once: few candidates differ
-    contexts = random_contexts(1)
-    made = engine.generate(*contexts, strategy="sequence", num_beams=1, num_return_sequences=3, max_new_tokens=10)
-    for question in range(3):
-        answers = made.sequences[made.question == question].tolist()
-        assert 1 <= len(answers) <= 3
-        assert len(set(map(tuple, answers))) == len(answers)
-    assert len(made.sequences) < 9
+def test_rag_sequence_returns_the_candidates_there_are(tmp_path: Path) -> None:
+    # Every document gives the empty answer: one candidate where three are asked for. transformers crashes here.
+    engine = RagEngine.from_pretrained(save_tiny_checkpoint(tmp_path, forced_bos=True, eos_bias=9.0))
+    made = engine.generate(*random_contexts(1), strategy="sequence", num_return_sequences=3, max_new_tokens=10)
+    assert made.question.tolist() == [0, 1, 2]
+    assert made.sequences.tolist() == [[EOS, BOS, EOS]] * 3
     every = engine.generate(
-        *contexts, strategy="sequence", num_beams=1, num_return_sequences=3, max_new_tokens=10, deduplicate=False
+        *random_contexts(1), strategy="sequence", num_return_sequences=3, max_new_tokens=10, deduplicate=False
     )
-    assert len(every.sequences) == 9
+    assert every.question.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
 def test_the_counted_tokens_end_with_the_first_end_of_sequence() -> None:
