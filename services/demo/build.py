@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from transformers import AutoTokenizer, DPRContextEncoder, PreTrainedTokenizerBase, RagModel, RagTokenizer
+from transformers.utils import logging
 
 from generator_svc.fingerprint import encoder_fingerprint
 from services.demo.corpus import Passage, build_corpus
@@ -68,4 +69,5 @@ def write_passages(path: Path, passages: Sequence[Passage], embeddings: np.ndarr
 
 
 if __name__ == "__main__":
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own, for every file it reads
     print(f"{build_passages()} passages in {PASSAGES}")

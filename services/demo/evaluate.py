@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging
 
 from services.demo.answering import Answer, DemoRag
 from services.demo.build import CHECKPOINT, PASSAGES
@@ -194,6 +195,7 @@ def _main() -> None:
     parser.add_argument("--questions", type=int, default=800, help="number of test questions (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="folder to write demo_eval.json and demo_eval.txt to")
     options = parser.parse_args()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own, for every file it reads
     report = evaluate_demo(n_questions=options.questions)
     print_report(report, Console())
     if options.output:

@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from generator_svc.contexts import context_text, question_form
 from services.demo.build import CHECKPOINT, CONTEXT_ENCODER, build_passages
 from services.demo.corpus import Passage, build_corpus
+from services.demo.evaluate import evaluate_demo, print_report
 from services.demo.facts import Entity, load_entities
 from services.demo.mixture import Mixture
 from services.demo.questions import question_set
@@ -117,7 +119,7 @@ def train_one(name: str, work: Path, steps: int | None = None) -> None:
 
 
 def train_demo(work: Path = WORK, steps: int | None = None) -> None:
-    """Train both models, then write the checkpoint, the context encoder and the embedded passages.
+    """Train both models, write checkpoint, context encoder and embedded passages, and measure the result.
 
     Args:
         work: where states are kept meanwhile.
@@ -129,7 +131,8 @@ def train_demo(work: Path = WORK, steps: int | None = None) -> None:
         for run in runs:
             run.result()
     assemble(materials, work)
-    print(f"{build_passages()} passages embedded")
+    board.console.print(f"{build_passages()} passages embedded")
+    print_report(evaluate_demo(), board.console)
 
 
 def assemble(
@@ -208,6 +211,7 @@ def _main() -> None:
     parser.add_argument("--steps", type=int, help="steps of each training, to try things out")
     parser.add_argument("--only", choices=list(SCHEDULES), help="run one training in this process, nothing else")
     options = parser.parse_args()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own, for every file it reads
     if options.only:
         train_one(options.only, options.work, options.steps)
     else:
