@@ -22,6 +22,10 @@ class AnswerCodec:
         self._tokenizer = checkpoint.generator_tokenizer
         self._start = int(checkpoint.generation_defaults.decoder_start_token_id)
         self._forced_bos = checkpoint.forced_bos_token_id
+        # BART's answers begin with the `<s>` that its tokenizer puts there. A checkpoint that was trained without it
+        # says so in its generator's config: nothing else in transformers' format would tell.
+        begins_with_bos = getattr(checkpoint.config.generator, "answers_begin_with_bos", True)
+        self._unwritten_bos = None if begins_with_bos else self._tokenizer.bos_token_id
         self._eos = checkpoint.eos_token_ids
         self._max_tokens = checkpoint.max_target_tokens
         self._needs_space = _spaces_belong_to_words(checkpoint)
@@ -42,6 +46,8 @@ class AnswerCodec:
         """
         spaced = f" {answer}" if self._needs_space and not answer.startswith(" ") else answer
         ids: list[int] = self._tokenizer(spaced, verbose=False)["input_ids"]
+        if self._unwritten_bos is not None and ids[:1] == [self._unwritten_bos]:
+            ids = ids[1:]
         if self._forced_bos is not None and ids[:1] != [self._forced_bos]:
             ids = [self._forced_bos, *ids]
         if not ids or ids[-1] not in self._eos:

@@ -44,6 +44,8 @@ def save_rag_checkpoint(
         eos_token_id=reader.config.eos_token_id,
         decoder_start_token_id=reader.config.decoder_start_token_id,
     )
+    # The reader was trained on answers without `<s>` (`ReaderTask._labels`): scoring must not expect it either.
+    config.generator.answers_begin_with_bos = False
     model = RagTokenForGeneration(config=config, question_encoder=question_encoder, generator=reader)
     model.generation_config = new_generation_config()
     model.half().save_pretrained(folder)  # type: ignore[no-untyped-call]

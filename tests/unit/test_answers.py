@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import normalizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, RagConfig
 
 from generator_svc.answers import AnswerCodec
 from generator_svc.checkpoint import load_checkpoint
@@ -57,3 +57,12 @@ def test_an_answer_longer_than_the_generator_writes_is_refused(folder: Path) -> 
     with pytest.raises(InvalidRequest, match="159 tokens") as refused:
         AnswerCodec(load_checkpoint(folder)).encode("Paris " * 160)
     assert refused.value.param == "answers"
+
+
+def test_a_checkpoint_trained_on_answers_without_a_beginning_is_scored_without_it(folder: Path) -> None:
+    # As the demo's reader was: it never writes the `<s>` that its tokenizer puts first.
+    config = RagConfig.from_pretrained(folder)
+    config.generator.answers_begin_with_bos = False
+    config.save_pretrained(folder)
+    sequence = AnswerCodec(load_checkpoint(folder)).encode("Paris").sequence
+    assert sequence == [START, *generator_tokenizer()(" Paris", add_special_tokens=False)["input_ids"], EOS]
