@@ -1,6 +1,6 @@
 """Builds the reference: the Python API with pdoc, and the OpenAPI file of each service.
 
-    python -m services.docs build/docs
+python -m services.docs build/docs
 """
 
 import json

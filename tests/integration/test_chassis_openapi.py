@@ -12,14 +12,16 @@ from tests.serving import served
 
 
 @pytest.mark.slow
+CHECKS = ("--checks", "all", "--max-examples", "25", "--continue-on-failure", "--seed", "7", "--no-color")
+
+
 @pytest.mark.parametrize("key", ["admin-key-5678", None])
 def test_every_check_of_schemathesis_holds(tmp_path: Path, key: str | None) -> None:
     settings = TinySettings(admin_key=SecretStr(key) if key else None)
     headers = ["--header", f"Authorization: Bearer {key}"] if key else []
     with served(create_tiny_app(settings)) as url:
         run = subprocess.run(
-            [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", *headers]
-            + ["--checks", "all", "--max-examples", "25", "--continue-on-failure", "--seed", "7", "--no-color"],
+            [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", *headers, *CHECKS],
             capture_output=True,
             text=True,
             check=False,
