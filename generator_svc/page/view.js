@@ -42,7 +42,8 @@ export function renderResult(response, { curl, elapsed, threshold }) {
   const choose = (answer) => {
     parts.text.textContent = answer.text;
     parts.probability.textContent = percent(answer.probability);
-    parts.note.textContent = answer.probability < 0.5 ? "More likely wrong than right: the passages may not hold the answer." : "";
+    const unsure = answer === result.answers[0] && answer.probability < 0.5;
+    parts.note.textContent = unsure ? "More likely wrong than right: the passages may not hold the answer." : "";
     setBar(bar, answer.probability);
     show(answer);
   };
@@ -109,7 +110,7 @@ function renderPassages(list, { documents }) {
     cards.forEach((card, n) => {
       card.text.replaceChildren(...marked(card.document.text, answer?.text));
       card.item.classList.toggle("best", n === best);
-      card.badge.textContent = n === best ? "where the answer came from" : "";
+      card.badge.textContent = n === best ? "strongest evidence" : "";
       card.row.hidden = !posterior;
       if (posterior) {
         card.item.dataset.posterior = posterior[n];
