@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,12 @@ def transformers_rag(folder: Path) -> Callable[[Sequence[str]], list[str]]:
         index_path=str(folder / "index.faiss"),
     )
     tokenizer = RagTokenizer.from_pretrained(DEMO_CHECKPOINT)
-    retriever = RagRetriever(config, tokenizer.question_encoder, tokenizer.generator)
-    model = RagTokenForGeneration.from_pretrained(
+    rag_retriever: Any = RagRetriever
+    retriever = rag_retriever(config, tokenizer.question_encoder, tokenizer.generator)
+    model: Any = RagTokenForGeneration.from_pretrained(
         DEMO_CHECKPOINT, config=config, retriever=retriever, dtype=torch.float32
-    ).eval()
+    )
+    model.eval()
 
     @torch.inference_mode()
     def answer(questions: Sequence[str]) -> list[str]:
@@ -117,10 +120,8 @@ def main() -> None:
         rival = transformers_rag(Path(folder))
         for size in arguments.batches:
             questions = [question.text for question in asked[:size]]
-            theirs_s = median_s(lambda questions=questions: rival(questions), arguments.repeats)
-            ours_s = median_s(
-                lambda questions=questions: ours.answer(questions, max_new_tokens=MAX_NEW_TOKENS), arguments.repeats
-            )
+            theirs_s = median_s(partial(rival, questions), arguments.repeats)
+            ours_s = median_s(partial(ours.answer, questions, max_new_tokens=MAX_NEW_TOKENS), arguments.repeats)
             rows.append({"batch": size, "transformers_s": theirs_s, "ours_s": ours_s, "ratio": theirs_s / ours_s})
     table = Table(title=f"seconds a batch on {os.cpu_count()} cores, torch {torch.__version__}")
     for name in ("batch", "transformers_s", "ours_s", "ratio"):

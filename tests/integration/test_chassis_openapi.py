@@ -11,10 +11,10 @@ from tests.chassis_app import TinySettings, create_tiny_app
 from tests.serving import served
 
 
-@pytest.mark.slow
 CHECKS = ("--checks", "all", "--max-examples", "25", "--continue-on-failure", "--seed", "7", "--no-color")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["admin-key-5678", None])
 def test_every_check_of_schemathesis_holds(tmp_path: Path, key: str | None) -> None:
     settings = TinySettings(admin_key=SecretStr(key) if key else None)
