@@ -58,7 +58,8 @@ def transformers_rag(folder: Path) -> Callable[[Sequence[str]], list[str]]:
         passages_path=str(folder / "passages"),
         index_path=str(folder / "index.faiss"),
     )
-    tokenizer = RagTokenizer.from_pretrained(DEMO_CHECKPOINT)
+    rag_tokenizer: Any = RagTokenizer
+    tokenizer = rag_tokenizer.from_pretrained(DEMO_CHECKPOINT)
     rag_retriever: Any = RagRetriever
     retriever = rag_retriever(config, tokenizer.question_encoder, tokenizer.generator)
     model: Any = RagTokenForGeneration.from_pretrained(

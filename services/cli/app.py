@@ -12,6 +12,11 @@ from shared.errors import RagError, StartupError
 
 FAILED, CANNOT_START, NOT_REACHABLE = 1, StartupError.exit_code, 4
 
+_HINTS = {
+    "unreachable": "Start both services with [bold]rag up[/bold], or name another address with [bold]--url[/bold].",
+    "unauthorized": "Give the key with [bold]--api-key[/bold] or in the variable [bold]RAG_API_KEY[/bold].",
+}
+
 app = typer.Typer(
     name="rag",
     help="Answers from your passages, with the evidence for each: a retriever and a generator (RAG), served.",
@@ -50,7 +55,7 @@ def _exit_code(error: RagError) -> int:
 def _complain(error: RagError) -> None:
     console = Console(stderr=True, highlight=False)
     console.print(Text.assemble(("error: ", "bold red"), error.message), soft_wrap=True)
-    if error.code == "unreachable":
-        console.print(Text.assemble("Start both services with ", ("rag up", "bold"), ", or name another with --url."))
+    if hint := _HINTS.get(error.code):
+        console.print(hint)
     if error.request_id:
         console.print(Text(f"{error.code} · request {error.request_id}", "dim"), soft_wrap=True)

@@ -6,6 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.e2e.running import START_WITHIN_S, Up, alive, until
@@ -66,6 +67,19 @@ def test_a_misspelt_setting_is_refused_by_name(tmp_path: Path) -> None:
     assert failing.process.wait(120) == 3
     until(lambda: "could not start" in failing.log, 5, "the last words")
     assert "GENERATOR_MAX_BEEMS" in failing.log
+
+
+def test_a_key_guards_the_answers_and_not_the_page(up: Up, data_dir: Path, tmp_path: Path) -> None:
+    running = Up.start(shutil.copytree(data_dir, tmp_path / "data"), GENERATOR_API_KEY="open-sesame")
+    try:
+        running.wait_until_ready()
+        assert httpx.get(f"{running.url}/").status_code == 200
+        refused = running.rag("ask", "How many people live in Paris?")
+        assert refused.returncode == 1
+        assert "RAG_API_KEY" in refused.stderr
+        assert running.rag("ask", "How many people live in Paris?", "--api-key", "open-sesame").returncode == 0
+    finally:
+        running.stop()
 
 
 def test_json_logs_are_json_throughout(up: Up, data_dir: Path, tmp_path: Path) -> None:

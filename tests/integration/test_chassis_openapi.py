@@ -10,7 +10,6 @@ from pydantic import SecretStr
 from tests.chassis_app import TinySettings, create_tiny_app
 from tests.serving import served
 
-
 CHECKS = ("--checks", "all", "--max-examples", "25", "--continue-on-failure", "--seed", "7", "--no-color")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from services.cli import main
-from shared.errors import InvalidRequest, Unavailable, error_to_wire
+from shared.errors import InvalidRequest, Unauthorized, Unavailable, error_to_wire
 from shared.schemas import (
     Answer,
     AnswerResponse,
@@ -218,6 +218,13 @@ def test_a_service_that_is_not_ready_yet_has_the_same_code_as_none(rag: Rag, ser
     code, _, err = rag("ask", "q", "--url", service.url)
     assert code == 4
     assert "loading the checkpoint" in err
+
+
+def test_a_missing_key_is_asked_for(rag: Rag, service: Canned) -> None:
+    service.responses["/v1/answer"] = 401, error_to_wire(Unauthorized("this needs a key"))
+    code, _, err = rag("ask", "q", "--url", service.url)
+    assert code == 1
+    assert "--api-key" in err
 
 
 def test_up_refuses_a_taken_port(rag: Rag, service: Canned) -> None:
