@@ -46,9 +46,12 @@ class RetrieverWatch:
     async def _ask(self) -> None:
         before = self.problem
         try:
-            info = await self._client.collection(DEFAULT_COLLECTION, Deadline.after(None, self._interval_s * 1000))
-            if info is not None:
-                self._client.check_encoder(info.encoder, info.name)
+            deadline = Deadline.after(None, self._interval_s * 1000)
+            await self._client.check_ready(deadline)
+            if before is not None:  # it is new, or came back, perhaps with another index
+                info = await self._client.collection(DEFAULT_COLLECTION, deadline)
+                if info is not None:
+                    self._client.check_encoder(info.encoder, info.name)
             self.problem = None
         except RagError as error:
             self.problem = error.message

@@ -94,8 +94,8 @@ class RetrieverClient:
                 "two do share their space, name the index's encoder in the setting index_encoder"
             )
 
-    async def collection(self, name: str, deadline: Deadline) -> CollectionInfo | None:
-        """What the retriever says of a collection, None where it has none of that name; one attempt.
+    async def check_ready(self, deadline: Deadline) -> None:
+        """One attempt.
 
         Raises:
             RagError: it cannot be reached, or is not ready, and why.
@@ -106,6 +106,9 @@ class RetrieverClient:
             raise Unavailable(
                 f"the retriever at {self.url} is not ready: {'; '.join(str(reason) for reason in reasons)}"
             )
+
+    async def collection(self, name: str, deadline: Deadline) -> CollectionInfo | None:
+        """What the retriever says of a collection, None where it has none of that name. Raises: RagError."""
         response = await self._send("GET", f"/v1/collections/{name}", deadline)
         if response.status_code == httpx.codes.NOT_FOUND:
             return None

@@ -21,6 +21,7 @@ log = structlog.get_logger("http")
 # Visible ASCII: what goes into a header and a log line must not be able to end either.
 _SANE_ID = re.compile(rb"[!-~]{1,128}")
 _KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"}
+_POLLED = frozenset({"/livez", "/readyz", "/metrics"})
 _CLIENT_GONE = 499  # nginx's number; it reaches logs and metrics only
 
 SECURITY_HEADERS = {
@@ -74,7 +75,9 @@ class RequestContext:
         # An unknown path is logged, but no label: anyone could make endless series of it.
         self.metrics.duration.labels(method, route or "none", str(status)).observe(seconds)
         known: MutableMapping[str, Any] = {"route": route} if route else {"path": scope["path"][:200]}
-        log.info("request", method=method, **known, status=status, duration_ms=round(seconds * 1000, 2))
+        # What is polled every second would bury the rest.
+        say = log.debug if route in _POLLED and status < 400 else log.info
+        say("request", method=method, **known, status=status, duration_ms=round(seconds * 1000, 2))
 
 
 class _Response:
