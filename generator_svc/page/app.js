@@ -34,6 +34,11 @@ function setBusy(busy) {
   find("result").setAttribute("aria-busy", String(busy));
 }
 
+// For those who hear the page: the answer, not every passage.
+function announce(text) {
+  find("announcement").textContent = text;
+}
+
 async function submit() {
   if (!question.value.trim()) {
     question.focus();
@@ -43,14 +48,17 @@ async function submit() {
   const controller = (running = new AbortController());
   const began = performance.now();
   find("error").replaceChildren();
+  announce("Retrieving and reading");
   setBusy(true);
   history.replaceState(null, "", `?q=${encodeURIComponent(body.question)}`);
   try {
     const response = await ask(body, api_key.value, controller.signal);
     const context = { curl: asCurl(body), elapsed: performance.now() - began, threshold: body.min_probability ?? 0 };
     find("result").replaceChildren(renderResult(response, context));
+    announce(`Answer: ${find("result").querySelector("h2").textContent}`);
   } catch (error) {
     find("result").replaceChildren();
+    announce(""); // the error is an alert, which announces itself
     if (error.name !== "AbortError") find("error").replaceChildren(renderError(error, submit));
     if (error.param && form.elements[error.param] && error.param !== "question") find("options").open = true;
   } finally {
@@ -98,14 +106,31 @@ function showExamples() {
   find("examples").replaceChildren(...items);
 }
 
+// Private windows may refuse storage: then the choice lasts as long as the page.
+const theme = {
+  get kept() {
+    try {
+      return localStorage.getItem("theme");
+    } catch {
+      return null;
+    }
+  },
+  keep(name) {
+    document.documentElement.dataset.theme = name;
+    try {
+      localStorage.setItem("theme", name);
+    } catch {
+      // not kept
+    }
+  },
+};
+
 function setUpTheme() {
-  const root = document.documentElement;
-  const stored = sessionStorage.getItem("theme");
-  if (stored) root.dataset.theme = stored;
+  const { dataset } = document.documentElement;
+  if (theme.kept) dataset.theme = theme.kept;
   find("theme").addEventListener("click", () => {
-    const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-    root.dataset.theme = dark ? "light" : "dark";
-    sessionStorage.setItem("theme", root.dataset.theme);
+    const dark = dataset.theme ? dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+    theme.keep(dark ? "light" : "dark");
   });
 }
 

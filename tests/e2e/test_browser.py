@@ -87,6 +87,7 @@ def test_a_question_typed_on_the_keyboard_shows_its_answer_and_the_evidence(
     page = opened.page
     opened.shot(name)
     expect(page.locator(".answer h2")).to_have_text(paris)
+    expect(page.locator("[aria-live]")).to_have_text(f"Answer: {paris}")
     best = page.locator(".passage.best")
     expect(best).to_have_count(1)
     expect(best.locator("h4")).to_contain_text("Paris")
@@ -221,4 +222,7 @@ def test_the_button_switches_between_light_and_dark(opened: Opened) -> None:
     ground = "getComputedStyle(document.body).backgroundColor"
     before = page.evaluate(ground)
     page.get_by_role("button", name="Switch between light and dark").click()
-    assert page.evaluate(ground) != before
+    after = page.evaluate(ground)
+    assert after != before
+    page.reload()
+    assert page.evaluate(ground) == after
