@@ -55,6 +55,8 @@ class Materials:
     passages: Sequence[Passage]
     encoder_tokenizer: PreTrainedTokenizerFast
     reader_tokenizer: PreTrainedTokenizerFast
+    digest: str
+    """A resumed run must find the same."""
 
     @classmethod
     def prepare(cls, work: Path) -> "Materials":
@@ -67,21 +69,22 @@ class Materials:
             train_encoder_tokenizer(texts).save_pretrained(folders[0])
             train_reader_tokenizer(texts).save_pretrained(folders[1])
         tokenizers: list[Any] = [AutoTokenizer.from_pretrained(folder) for folder in folders]
-        return cls(entities, passages, *tokenizers)
+        return cls(entities, passages, *tokenizers, digest=_digest(passages, tokenizers))
 
     def mixture(self) -> Mixture:
         """The source of training examples; names are made of both vocabularies' tokens too."""
         words, pieces = vocabulary_names(self.encoder_tokenizer, self.reader_tokenizer)
         return Mixture(self.entities, ExampleStream(self.entities, words, pieces), self.encoder_tokenizer)
 
-    def recipe(self) -> dict[str, str]:
-        """What a run depends on besides its schedule: a resumed run must find the same."""
-        digest = hashlib.sha256()
-        for passage in self.passages:
-            digest.update(f"{passage.title}\n{passage.text}\n".encode())
-        for tokenizer in (self.encoder_tokenizer, self.reader_tokenizer):
-            digest.update(tokenizer.backend_tokenizer.to_str().encode())
-        return {"materials": digest.hexdigest()}
+
+def _digest(passages: Sequence[Passage], tokenizers: Sequence[PreTrainedTokenizerFast]) -> str:
+    """Names what a run depends on besides its schedule. Taken of fresh tokenizers: using one changes its state."""
+    digest = hashlib.sha256()
+    for passage in passages:
+        digest.update(f"{passage.title}\n{passage.text}\n".encode())
+    for tokenizer in tokenizers:
+        digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    return digest.hexdigest()
 
 
 def vocabulary_names(
@@ -114,7 +117,7 @@ def train_one(name: str, work: Path, steps: int | None = None) -> None:
         work / name,
         lambda event: print(json.dumps(event), flush=True),
         seed=SEED,
-        recipe=materials.recipe(),
+        recipe={"materials": materials.digest},
     )
 
 
