@@ -68,8 +68,8 @@ class Materials:
             texts = list(_training_texts(entities, passages))
             train_encoder_tokenizer(texts).save_pretrained(folders[0])
             train_reader_tokenizer(texts).save_pretrained(folders[1])
-        tokenizers: list[Any] = [AutoTokenizer.from_pretrained(folder) for folder in folders]
-        return cls(entities, passages, *tokenizers, digest=_digest(passages, tokenizers))
+        encoder, reader = (AutoTokenizer.from_pretrained(folder) for folder in folders)
+        return cls(entities, passages, encoder, reader, digest=_digest(passages, [encoder, reader]))
 
     def mixture(self) -> Mixture:
         """The source of training examples; names are made of both vocabularies' tokens too."""
