@@ -68,8 +68,8 @@ class Materials:
             texts = list(_training_texts(entities, passages))
             train_encoder_tokenizer(texts).save_pretrained(folders[0])
             train_reader_tokenizer(texts).save_pretrained(folders[1])
-        encoder, reader = (AutoTokenizer.from_pretrained(folder) for folder in folders)
-        return cls(entities, passages, encoder, reader, digest=_digest(passages, [encoder, reader]))
+        loaded: list[Any] = [AutoTokenizer.from_pretrained(folder) for folder in folders]
+        return cls(entities, passages, loaded[0], loaded[1], digest=_digest(passages, loaded))
 
     def mixture(self) -> Mixture:
         """The source of training examples; names are made of both vocabularies' tokens too."""
