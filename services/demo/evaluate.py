@@ -25,7 +25,7 @@ from services.demo.questions import Question, question_set, unanswerable_questio
 from services.training.metrics import auroc, exact_match, recall_at
 
 SEEDS = {"test": 11, "held-out wording": 12, "dev": 21}
-KEPT = 0.97
+KEPT = 0.95
 """Share of answerable dev questions that the suggested `min_probability` must let through."""
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
