@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import structlog
 
@@ -57,6 +57,29 @@ class _Entry(Generic[Item, Result]):
             self.loop.call_soon_threadsafe(unless_done)
 
 
+class Deferred(Generic[Result]):
+    """What ``run_batch`` gives for an item whose result comes from a later step of the thread.
+
+    Whoever holds it settles it once, in the thread, and drops it when it is no longer ``wanted``.
+    """
+
+    def __init__(self) -> None:
+        self._entry: _Entry[object, Result] | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """False once the caller went away, the deadline passed, or it was settled."""
+        return self._entry is not None and self._entry.wanted
+
+    def resolve(self, result: Result) -> None:
+        if self._entry is not None:
+            self._entry.resolve(result)
+
+    def reject(self, error: RagError) -> None:
+        if self._entry is not None:
+            self._entry.reject(error.copy())
+
+
 class DeviceWorker(Generic[Item, Result]):
     """Runs ``run_batch`` on batches of items, one at a time, in a thread of its own.
 
@@ -71,11 +94,15 @@ class DeviceWorker(Generic[Item, Result]):
             else waits: with a queue behind it there is company already.
         max_queue: items that may wait; the next one is refused.
         metrics: where batches are counted.
+        step: called in the thread between batches, once :class:`Deferred` results are outstanding and for as long as
+            it returns True. It moves them all on, so that long work never holds up short work by more than a step.
+        admits: whether these items may run together with the deferred work there is; the ones that may not yet keep
+            their place. Not asked about a single item while no deferred work runs.
     """
 
     def __init__(
         self,
-        run_batch: Callable[[list[Item]], Sequence[Result]],
+        run_batch: Callable[[list[Item]], Sequence[Result | Deferred[Result]]],
         *,
         name: str,
         setup: Callable[[], None] | None = None,
@@ -85,8 +112,12 @@ class DeviceWorker(Generic[Item, Result]):
         max_wait_ms: float,
         max_queue: int,
         metrics: WorkerMetrics | None = None,
+        step: Callable[[], bool] | None = None,
+        admits: Callable[[list[Item]], bool] | None = None,
     ) -> None:
         self._run_batch = run_batch
+        self._step = step
+        self._admits = admits
         self._setup = setup
         self._key = key
         self._size = size
@@ -97,6 +128,7 @@ class DeviceWorker(Generic[Item, Result]):
         self.name = name
 
         self._queue: deque[_Entry[Item, Result]] = deque()
+        self._deferred: list[_Entry[Item, Result]] = []  # touched by the thread only
         self._changed = threading.Condition()  # guards everything below, and the queue
         self._accepting = False
         self._stopping = False
@@ -194,8 +226,11 @@ class DeviceWorker(Generic[Item, Result]):
             self._accepting = not self._stopping
         started.resolve(None)
         try:
-            while batch := self._next_batch():
+            busy = False
+            while (batch := self._next_batch(wait=not busy)) is not None:
                 self._run(batch)
+                # One step more than there are results to wait for: whoever holds the last one learns to drop it.
+                busy = (busy or bool(self._deferred)) and self._advance()
         except BaseException as error:
             log.exception("worker_died", worker=self.name)
             self._failure = f"{self.name} died: {type(error).__name__}"
@@ -203,32 +238,60 @@ class DeviceWorker(Generic[Item, Result]):
             self._fail_waiting(self._failure or "the service is stopping")
             self._ended.set()
 
-    def _next_batch(self) -> list[_Entry[Item, Result]]:
-        """The oldest item and those that may join it; empty when the worker is to stop."""
+    def _next_batch(self, *, wait: bool) -> list[_Entry[Item, Result]] | None:
+        """The oldest item and those that may join it; empty when there is none to run now, None when to stop."""
         with self._changed:
-            while not self._queue and not self._stopping:
+            while wait and not self._queue and not self._stopping:
                 self._changed.wait()
             if self._stopping:
+                return None
+            # The oldest item that may run is in every batch, so no key can starve another.
+            first = self._queue[0] if wait else self._oldest_that_may_run()
+            if first is None:
                 return []
-            # The head of the queue is in every batch, so no key can starve another.
-            batch = [self._queue.popleft()]
+            self._queue.remove(first)
+            batch = [first]
             until_s = time.monotonic() + self._max_wait_s
-            while self._join(batch) and not self._queue and not self._stopping:
+            while self._join(batch) and wait and not self._queue and not self._stopping:
                 remaining_s = until_s - time.monotonic()
                 if remaining_s <= 0 or not self._changed.wait(remaining_s):
                     break
             return batch
 
+    def _oldest_that_may_run(self) -> _Entry[Item, Result] | None:
+        """None of a key's items overtakes one that must wait for room: small ones would keep a large one out."""
+        held: set[Hashable] = set()
+        for entry in self._queue:
+            if entry.key not in held and self._may_run([entry]):
+                return entry
+            held.add(entry.key)
+        return None
+
+    def _may_run(self, entries: list[_Entry[Item, Result]]) -> bool:
+        return self._admits is None or self._admits([entry.item for entry in entries])
+
     def _join(self, batch: list[_Entry[Item, Result]]) -> bool:
         """Moves the items that fit from the queue into the batch, in order; whether there is room for more."""
         room = self._max_batch_size - sum(entry.size for entry in batch)
         for entry in [entry for entry in self._queue if entry.key == batch[0].key]:
-            if entry.size > room:
+            if entry.size > room or not self._may_run([*batch, entry]):
                 return False  # a smaller one behind it must not overtake it
             self._queue.remove(entry)
             batch.append(entry)
             room -= entry.size
         return room > 0
+
+    def _advance(self) -> bool:
+        """One step of all deferred work; whether there is more."""
+        assert self._step is not None, "run_batch deferred a result, and there is no step to give it"  # noqa: S101
+        try:
+            more = self._step()
+        except Exception:
+            log.exception("step_failed", worker=self.name, items=len(self._deferred))
+            self._reject(self._deferred, InferenceError("the computation failed; the log has the trace"))
+            more = False
+        self._deferred = [entry for entry in self._deferred if more and entry.wanted]
+        return more
 
     def _run(self, batch: list[_Entry[Item, Result]]) -> None:
         wanted = [entry for entry in batch if entry.wanted]
@@ -248,9 +311,13 @@ class DeviceWorker(Generic[Item, Result]):
             raise
         else:
             for entry, result in zip(wanted, results, strict=True):
-                entry.resolve(result)
+                if isinstance(result, Deferred):
+                    result._entry = cast("_Entry[object, Result]", entry)
+                    self._deferred.append(entry)
+                else:
+                    entry.resolve(result)
 
-    def _measured(self, entries: Sequence[_Entry[Item, Result]]) -> Sequence[Result]:
+    def _measured(self, entries: Sequence[_Entry[Item, Result]]) -> Sequence[Result | Deferred[Result]]:
         """Runs the batch. It is counted before anyone has its result: who reads the metrics next finds it there."""
         began_s = time.monotonic()
         try:
@@ -266,5 +333,5 @@ class DeviceWorker(Generic[Item, Result]):
     def _fail_waiting(self, why: str) -> None:
         with self._changed:
             self._accepting = False
-            waiting, self._queue = list(self._queue), deque()
+            waiting, self._queue = [*self._queue, *self._deferred], deque()
         self._reject(waiting, Unavailable(why, retry_after_s=1))
