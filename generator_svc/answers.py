@@ -27,12 +27,18 @@ class AnswerCodec:
         begins_with_bos = getattr(checkpoint.config.generator, "answers_begin_with_bos", True)
         self._unwritten_bos = None if begins_with_bos else self._tokenizer.bos_token_id
         self._eos = checkpoint.eos_token_ids
+        self._specials = set(self._tokenizer.all_special_ids)
         self._max_tokens = checkpoint.max_target_tokens
         self._needs_space = _spaces_belong_to_words(checkpoint)
 
     def text(self, sequence: Sequence[int]) -> str:
         """The text of a generated sequence, without special tokens and outer space."""
         return str(self._tokenizer.decode(list(sequence), skip_special_tokens=True)).strip()
+
+    def token(self, token_id: int) -> str:
+        """The text of one token as it stands in an answer, a space in front included; special tokens by name."""
+        name = str(self._tokenizer.convert_ids_to_tokens(token_id))
+        return name if token_id in self._specials else str(self._tokenizer.convert_tokens_to_string([name]))
 
     def encode(self, answer: str) -> EncodedAnswer:
         """The sequence under which an answer's text is scored.

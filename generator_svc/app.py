@@ -4,10 +4,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
 
 from generator_svc.page import PAGE_PATHS, mount_page
 from generator_svc.service import GeneratorService
 from generator_svc.settings import GeneratorSettings
+from generator_svc.streaming import EVENT_STREAM, stream_answer
 from shared.app import create_base_app, raises, request_deadline, requires
 from shared.errors import DeadlineExceeded, NotFound, Overloaded, UpstreamError
 from shared.schemas import (
@@ -24,6 +26,7 @@ from shared.vectors import ARROW_TYPE, response_form, vectors_to_wire
 
 _ON_DEVICE = raises(Overloaded, DeadlineExceeded)
 _WITH_RETRIEVER = {**_ON_DEVICE, **raises(NotFound, UpstreamError)}
+_EVENTS = {EVENT_STREAM: {"schema": {"type": "string"}}}
 _VECTORS_IN_ARROW = {ARROW_TYPE: {"schema": {"type": "string", "format": "binary"}}}
 
 
@@ -49,10 +52,20 @@ def create_app(settings: GeneratorSettings) -> FastAPI:
     )
     reads = [Depends(requires("read"))]
 
-    @app.post("/v1/answer", tags=["answers"], dependencies=reads, responses=_WITH_RETRIEVER)
-    async def answer(request: AnswerRequest) -> AnswerResponse:
+    @app.post(
+        "/v1/answer",
+        tags=["answers"],
+        dependencies=reads,
+        response_model=AnswerResponse,
+        responses={**_WITH_RETRIEVER, 200: {"content": _EVENTS}},
+    )
+    async def answer(request: AnswerRequest) -> AnswerResponse | StreamingResponse:
         """Answer one question or many from retrieved passages, or from passages of your own."""
-        return await service.pipeline.answer(request, request_deadline(request.timeout_ms, settings))
+        deadline = request_deadline(request.timeout_ms, settings)
+        if not request.stream:
+            return await service.pipeline.answer(request, deadline)
+        events = await stream_answer(service.pipeline, request, deadline)
+        return StreamingResponse(events, media_type=EVENT_STREAM, headers={"Cache-Control": "no-store"})
 
     @app.post("/v1/score", tags=["answers"], dependencies=reads, responses=_WITH_RETRIEVER)
     async def score(request: ScoreRequest) -> ScoreResponse:

@@ -3,11 +3,19 @@
 An option is honoured or refused, never ignored: one that would have no effect with the others given is refused too.
 """
 
+from typing import Any
+
 from generator_svc.checkpoint import Checkpoint
-from generator_svc.engine import GenerationOptions
 from generator_svc.settings import DEFAULT_COLLECTION, GeneratorSettings
 from shared.errors import InvalidRequest
 from shared.schemas import AnswerRequest, Asked, ScoreRequest, SearchRequest, Strategy
+
+_OF_SEARCH = frozenset(
+    {
+        "decoding", "deduplicate", "do_sample", "length_penalty", "max_new_tokens", "min_new_tokens",
+        "no_repeat_ngram_size", "num_beams", "num_return_sequences", "seed", "temperature", "top_k", "top_p",
+    }
+)  # fmt: skip
 
 
 def check_questions(request: Asked, settings: GeneratorSettings) -> None:
@@ -43,8 +51,8 @@ def most_new_tokens(settings: GeneratorSettings, checkpoint: Checkpoint) -> int:
 
 def generation_options(
     request: AnswerRequest, strategy: Strategy, settings: GeneratorSettings, checkpoint: Checkpoint
-) -> GenerationOptions:
-    """The options of a request for the engine. A default that this service does not reach is lowered to its limit.
+) -> dict[str, Any]:
+    """The options of a request for the engine's `task`. A default above this service's limit is lowered to it.
 
     Raises:
         InvalidRequest: above a limit, or without effect.
@@ -59,21 +67,36 @@ def generation_options(
         raise InvalidRequest("length_penalty has an effect only with num_beams above 1", param="length_penalty")
     if not request.deduplicate and strategy != "sequence":
         raise InvalidRequest("deduplicate has an effect only with strategy 'sequence'", param="deduplicate")
-    sampled = request.do_sample
-    return GenerationOptions(
-        num_beams=request.num_beams,
-        num_return_sequences=request.num_return_sequences,
-        max_new_tokens=min(max_new_tokens, limit),
-        min_new_tokens=request.min_new_tokens,
-        length_penalty=request.length_penalty,
-        no_repeat_ngram_size=request.no_repeat_ngram_size,
-        do_sample=request.do_sample,
-        deduplicate=request.deduplicate,
-        temperature=request.temperature if sampled else None,
-        top_k=request.top_k if sampled else None,
-        top_p=request.top_p if sampled else None,
-        seed=request.seed,
-    )
+    if request.decoding == "fast" and strategy != "sequence":
+        raise InvalidRequest("decoding has an effect only with strategy 'sequence'", param="decoding")
+    options: dict[str, Any] = {
+        "strategy": strategy,
+        "max_new_tokens": min(max_new_tokens, limit),
+        "decoding": request.decoding,
+        "deduplicate": request.deduplicate,
+        "seed": request.seed,
+    }
+    searched = ("num_beams", "num_return_sequences", "min_new_tokens", "length_penalty", "no_repeat_ngram_size")
+    drawn = ("temperature", "top_k", "top_p") if request.do_sample else ()
+    for name in ("do_sample", *searched, *drawn):
+        options[name] = getattr(request, name)
+    return options
+
+
+def check_choices(request: AnswerRequest, settings: GeneratorSettings) -> None:
+    """Choices are scored, not searched for: an option of the search would have no effect.
+
+    Raises:
+        InvalidRequest.
+    """
+    if request.choices is None:
+        return
+    _at_most("choices", len(request.choices), settings.max_answers)
+    for index, choice in enumerate(request.choices):
+        if choice in request.choices[:index]:
+            raise InvalidRequest(f"{choice!r} is given twice", param=f"choices.{index}")
+    for name in sorted(request.model_fields_set & _OF_SEARCH):
+        raise InvalidRequest(f"{name} has no effect where choices are given", param=name)
 
 
 def check_answers(request: ScoreRequest, settings: GeneratorSettings) -> None:

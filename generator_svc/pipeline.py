@@ -13,15 +13,16 @@ Shapes: N documents of a question, D dimension of the embedding space.
 import asyncio
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from generator_svc.answers import EncodedAnswer
 from generator_svc.checkpoint import Checkpoint
 from generator_svc.contexts import Context
-from generator_svc.limits import check_answers, check_questions, choose_n_docs, generation_options
+from generator_svc.limits import check_answers, check_choices, check_questions, choose_n_docs, generation_options
 from generator_svc.metrics import GeneratorMetrics
 from generator_svc.retriever_client import RetrieverClient
 from generator_svc.settings import GeneratorSettings
@@ -34,6 +35,7 @@ from shared.schemas import (
     Answer,
     AnswerRequest,
     AnswerResponse,
+    AnswerToken,
     Document,
     EncodeRequest,
     IndexInfo,
@@ -45,6 +47,7 @@ from shared.schemas import (
     SearchRequest,
     SearchResponse,
     SearchResult,
+    Strategy,
 )
 from shared.worker import DeviceWorker
 
@@ -73,6 +76,16 @@ class Evidence:
         ]
 
 
+class Listener(Protocol):
+    """Who follows an answer while it is made."""
+
+    def documents(self, documents: Sequence[Document]) -> None:
+        """What the question is answered from, once it is known."""
+
+    def text(self, piece: str) -> None:
+        """The next piece of the answer's text; called in the worker's thread."""
+
+
 class Pipeline:
     def __init__(
         self,
@@ -88,23 +101,34 @@ class Pipeline:
         self._retriever = retriever
         self._metrics = metrics
 
-    async def answer(self, request: AnswerRequest, deadline: Deadline) -> AnswerResponse:
+    async def answer(
+        self, request: AnswerRequest, deadline: Deadline, listener: Listener | None = None
+    ) -> AnswerResponse:
         """Raises: RagError: what is refused, and what any step ran into."""
         timings = Timings(self._metrics.stage_seconds)
         check_questions(request, self._settings)
         n_docs = choose_n_docs(request, self._checkpoint.config.n_docs, self._settings)
         strategy = self._checkpoint.strategy(request.strategy)
         options = generation_options(request, strategy, self._settings, self._checkpoint)
+        check_choices(request, self._settings)
 
         evidence, index = await self._evidence(request, n_docs, deadline, timings)  # 1 encode, 2 retrieve
         with timings.step("assemble"):
             contexts = await self._assemble(request.questions, evidence, deadline)
-        with timings.step("generate"):
-            jobs = [
-                Generate(read, found.doc_scores, strategy, options)
-                for read, found in zip(contexts, evidence, strict=True)
-            ]
-            answers: list[list[ScoredAnswer]] = await self._run(jobs, deadline)
+        if listener is not None:
+            listener.documents(evidence[0].documents(contexts[0]))
+        if request.choices is not None:
+            with timings.step("score"):
+                given = [list(request.choices)] * len(evidence)
+                answers = await self._score(evidence, contexts, given, strategy, deadline)
+        else:
+            with timings.step("generate"):
+                on_text = None if listener is None else listener.text
+                jobs = [
+                    Generate(read, found.doc_scores, options, on_text)
+                    for read, found in zip(contexts, evidence, strict=True)
+                ]
+                answers = await self._run(jobs, deadline)
         results = [
             _result(question, found, read, given, request)
             for question, found, read, given in zip(request.questions, evidence, contexts, answers, strict=True)
@@ -130,15 +154,8 @@ class Pipeline:
         evidence, index = await self._evidence(request, n_docs, deadline, timings)
         with timings.step("assemble"):
             contexts = await self._assemble(request.questions, evidence, deadline)
-            tokenized: list[list[EncodedAnswer]] = await self._run(
-                [Tokenize(answers) for answers in request.answers_by_question], deadline
-            )
         with timings.step("score"):
-            jobs = [
-                Score(read, found.doc_scores, strategy, given)
-                for read, found, given in zip(contexts, evidence, tokenized, strict=True)
-            ]
-            answers: list[list[ScoredAnswer]] = await self._run(jobs, deadline)
+            answers = await self._score(evidence, contexts, request.answers_by_question, strategy, deadline)
         results = [
             _result(question, found, read, given)
             for question, found, read, given in zip(request.questions, evidence, contexts, answers, strict=True)
@@ -205,6 +222,23 @@ class Pipeline:
         contexts: list[list[Context]] = await self._run(jobs, deadline)
         return contexts
 
+    async def _score(
+        self,
+        evidence: Sequence[Evidence],
+        contexts: Sequence[Sequence[Context]],
+        answers: Sequence[Sequence[str]],
+        strategy: Strategy,
+        deadline: Deadline,
+    ) -> list[list[ScoredAnswer]]:
+        """The probabilities of given answers, a list for each question."""
+        tokenized: list[list[EncodedAnswer]] = await self._run([Tokenize(given) for given in answers], deadline)
+        jobs = [
+            Score(read, found.doc_scores, strategy, given)
+            for read, found, given in zip(contexts, evidence, tokenized, strict=True)
+        ]
+        scored: list[list[ScoredAnswer]] = await self._run(jobs, deadline)
+        return scored
+
     async def _run(self, jobs: Iterable[Job], deadline: Deadline) -> Any:
         """What the jobs gave, in order; the first error is raised, and what still waits then is dropped."""
         tasks = [asyncio.ensure_future(self._worker.submit(job, deadline)) for job in jobs]
@@ -234,19 +268,29 @@ def _result(
     answers: Sequence[ScoredAnswer],
     request: AnswerRequest | None = None,
 ) -> QuestionResult:
-    """Step 5; without a request for answers, all are given as they are."""
+    """Step 5; without a request for answers, all are given as they are, in their order."""
+    provenance = "answer" if request is None else request.provenance
     least = 0.0 if request is None else request.min_probability
-    with_posterior = request is None or request.provenance == "answer"
+    shares = None
+    if request is not None and request.choices is not None:
+        answers = sorted(answers, key=lambda answer: -answer.log_prob)
+        shares = _softmax(np.array([answer.log_prob for answer in answers], np.float64)).tolist()
     given = [
         Answer(
             text=answer.text,
             log_prob=answer.log_prob,
             probability=math.exp(min(answer.log_prob, 0.0)),
-            doc_posterior=answer.doc_posterior if with_posterior else None,
+            doc_posterior=None if provenance == "none" else answer.doc_posterior,
+            tokens=[AnswerToken(**asdict(token)) for token in answer.tokens] if provenance == "token" else None,
+            choice_probability=None if shares is None else shares[index],
         )
-        for answer in answers
+        for index, answer in enumerate(answers)
     ]
-    kept = [answer for answer in given if answer.probability >= least]
+    kept = [
+        answer
+        for answer in given
+        if (answer.probability if answer.choice_probability is None else answer.choice_probability) >= least
+    ]
     return QuestionResult(question=question, answers=kept, abstained=not kept, documents=evidence.documents(contexts))
 
 
@@ -258,6 +302,6 @@ def _own_scores(passages: Sequence[OwnPassage]) -> Float32Array:
     return scores
 
 
-def _softmax(scores: Float32Array) -> Float32Array:
+def _softmax(scores: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     weights = np.exp(scores.astype(np.float64) - scores.max(initial=-np.inf))
-    return cast("Float32Array", weights / weights.sum())
+    return cast("npt.NDArray[np.float64]", weights / weights.sum())

@@ -14,7 +14,7 @@ from generator_svc.pipeline import Pipeline
 from generator_svc.readiness import RetrieverWatch
 from generator_svc.retriever_client import RetrieverClient
 from generator_svc.settings import GeneratorSettings
-from generator_svc.stages import Job, Outcome, Stages, batch_key, batch_size
+from generator_svc.stages import Job, Later, Outcome, Stages, batch_key, batch_size
 from shared.errors import StartupError
 from shared.metrics import WorkerMetrics
 from shared.schemas import ServiceInfo
@@ -52,11 +52,15 @@ class GeneratorService:
             max_wait_ms=settings.max_wait_ms,
             max_queue=settings.max_queue,
             metrics=WorkerMetrics(registry, "generator"),
+            step=self._step,
+            admits=self._admits,
         )
         await self._worker.start()
-        checkpoint = self.stages.checkpoint
+        checkpoint, scheduler = self.stages.checkpoint, self.stages.scheduler
+        metrics = GeneratorMetrics(registry)
+        metrics.watch_decoding(lambda: scheduler.running, lambda: scheduler.tokens)
         self._retriever = RetrieverClient(settings, settings.index_encoder or checkpoint.encoder)
-        self.pipeline = Pipeline(settings, checkpoint, self._worker, self._retriever, GeneratorMetrics(registry))
+        self.pipeline = Pipeline(settings, checkpoint, self._worker, self._retriever, metrics)
         self._watch = RetrieverWatch(self._retriever, settings.readiness_interval_s)
         await self._watch.start()
 
@@ -100,12 +104,18 @@ class GeneratorService:
             },
         )
 
-    def _run(self, jobs: list[Job]) -> Sequence[Outcome]:
-        """In the worker's thread."""
+    # In the worker's thread; the stages are there once `_load` has run.
+
+    def _run(self, jobs: list[Job]) -> Sequence[Outcome | Later]:
         return self.stages.run(jobs)
 
+    def _step(self) -> bool:
+        return self.stages.step()
+
+    def _admits(self, jobs: list[Job]) -> bool:
+        return self.stages.admits(jobs)
+
     def _load(self) -> None:
-        """In the worker's thread."""
         settings = self._settings
         if settings.torch_threads:
             torch.set_num_threads(settings.torch_threads)
@@ -115,7 +125,7 @@ class GeneratorService:
             dtype=getattr(torch, settings.dtype),
             any_strategy=settings.any_strategy,
         )
-        self.stages = Stages(checkpoint)
+        self.stages = Stages(checkpoint, settings.max_decode_tokens)
         self.stages.warm_up()
 
 

@@ -45,8 +45,11 @@ class GeneratorSettings(ServiceSettings):
     max_beams: int = Field(default=16, ge=1, description="num_beams of a request.")
     max_answers: int = Field(default=32, ge=1, description="Answers a question, asked for or given to be scored.")
     max_new_tokens: int = Field(default=256, ge=1, description="max_new_tokens of a request.")
-    max_batch_rows: int = Field(
-        default=128, ge=1, description="Contexts (questions x documents x beams) that run together on the device."
+    max_batch_rows: int = Field(default=128, ge=1, description="Contexts that are encoded together on the device.")
+    max_decode_tokens: int = Field(
+        default=200_000,
+        ge=1,
+        description="Cache positions of all answers that are generated together; further ones wait in the queue.",
     )
 
     @field_validator("retriever_url")
@@ -76,6 +79,7 @@ class GeneratorSettings(ServiceSettings):
             "max_answers",
             "max_new_tokens",
             "max_batch_rows",
+            "max_decode_tokens",
             "max_body_bytes",
             "max_queue",
             "max_wait_ms",

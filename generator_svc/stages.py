@@ -6,23 +6,25 @@ or the error that is its own.
 Shapes: B questions, N documents, D dimension, S source tokens, T target tokens.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from generator_svc.answers import AnswerCodec, EncodedAnswer
 from generator_svc.checkpoint import Checkpoint
-from generator_svc.contexts import Context, ContextForm, build_context, pad_contexts, question_form
-from generator_svc.engine import GenerationOptions, RagEngine
+from generator_svc.contexts import Context, ContextForm, build_context, question_form
+from generator_svc.engine import Evidence, RagEngine, Task
+from generator_svc.engine.heads import padded
+from generator_svc.engine.scheduler import Scheduler, cache_tokens
 from generator_svc.question_encoder import QuestionEncoder
 from shared.errors import InferenceError, RagError
 from shared.retrieval import Float32Array
 from shared.schemas import Strategy
+from shared.worker import Deferred
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,16 @@ class Assemble:
 
 @dataclass(frozen=True, eq=False)
 class Generate:
-    """Contexts and their scores, (N,) float32 → answers, best first."""
+    """Contexts and their scores, (N,) float32 → answers, best first.
+
+    ``options`` are those of :meth:`generator_svc.engine.RagEngine.task`. ``on_text`` is called in the worker's thread
+    with each piece of text, where an answer is certain as it is written.
+    """
 
     contexts: Sequence[Context]
     doc_scores: Float32Array
-    strategy: Strategy
-    options: GenerationOptions
+    options: Mapping[str, Any]
+    on_text: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,31 +74,38 @@ class Score:
 
 
 @dataclass(frozen=True)
-class ScoredAnswer:
-    """``log_prob`` is log p(y|x); ``doc_posterior`` (N,) is p(z|x,y)."""
+class ScoredToken:
+    """``log_prob`` is its share of log p(y|x); ``doc_posterior`` (N,) is p(z|x,y_≤i)."""
 
     text: str
     log_prob: float
     doc_posterior: list[float]
 
 
+@dataclass(frozen=True)
+class ScoredAnswer:
+    """``log_prob`` is log p(y|x); ``doc_posterior`` (N,) is p(z|x,y)."""
+
+    text: str
+    log_prob: float
+    doc_posterior: list[float]
+    tokens: list[ScoredToken]
+
+
 _NOT_FINITE = "the model's probabilities are not finite; it may need another dtype: bfloat16 or float32"
 
 Job = Encode | Assemble | Generate | Tokenize | Score
 Outcome = Float32Array | list[Context] | list[EncodedAnswer] | list[ScoredAnswer] | RagError
+Later = Deferred[Outcome]
 Kind = TypeVar("Kind")
 Made = TypeVar("Made")
 
 
 def batch_key(job: Job) -> object:
-    """Jobs with equal keys may run together. One that samples runs alone, so that its seed alone decides."""
+    """Jobs with equal keys may run together."""
     match job:
-        case Generate(options=options) if options.do_sample:
-            return object()
-        case Generate(strategy=strategy, options=options):
-            return Generate, strategy, options, len(job.contexts)
         case Score(strategy=strategy):
-            return Score, strategy, len(job.contexts)
+            return Score, strategy
         case _:
             return type(job)
 
@@ -102,24 +115,65 @@ def batch_size(job: Job) -> int:
     match job:
         case Assemble(passages=passages):
             return len(passages)
-        case Generate(options=options):
-            return len(job.contexts) * max(options.num_beams or 1, options.num_return_sequences or 1)
-        case Score():
+        case Generate() | Score():
             return len(job.contexts)
         case _:
             return 1
 
 
-class Stages:
-    """Everything that is loaded from one checkpoint. One thread owns it."""
+class AnswerTicket:
+    """A question's way back to its caller."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, job: Generate, codec: AnswerCodec) -> None:
+        self.later: Later = Deferred()
+        self._on_text, self._codec = job.on_text, codec
+        self._sent = ""
+        self._follows = False
+
+    @property
+    def wanted(self) -> bool:
+        return self.later.wanted
+
+    def finished(self, evidence: Evidence) -> None:
+        try:
+            answers = scored_answers(evidence, self._codec)
+        except RagError as error:
+            self.later.reject(error)
+            return
+        if self._follows:
+            self._send(answers[0].text)
+        self.later.resolve(answers)
+
+    def written(self, tokens: Tensor) -> None:
+        self._follows = True
+        if self._on_text is None:
+            return
+        text = self._codec.text(tokens.tolist())
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character, complete one token later
+            self._send(text)
+
+    def _send(self, text: str) -> None:
+        """What of the text is new. A tokenizer that tidies up may take back what it wrote: that waits."""
+        if self._on_text is not None and len(text) > len(self._sent) and text.startswith(self._sent):
+            self._on_text(text[len(self._sent) :])
+            self._sent = text
+
+
+class Stages:
+    """Everything that is loaded from one checkpoint. One thread owns it.
+
+    Answers are generated by continuous batching: `run` gives a deferred result for a job that generates, and `step`
+    moves all of them on. ``max_tokens`` is the scheduler's budget.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, max_tokens: int) -> None:
         self.checkpoint = checkpoint
         self.encoder = QuestionEncoder(checkpoint)
         self._engine = RagEngine(checkpoint)
+        self.scheduler = Scheduler(self._engine, max_tokens)
         self._form = ContextForm.of(checkpoint.config, checkpoint.max_source_tokens)
+        self._tasks: WeakKeyDictionary[Generate, Task | RagError] = WeakKeyDictionary()
         self._codec = AnswerCodec(checkpoint)
-        self._pad_token_id = int(checkpoint.generator_tokenizer.pad_token_id)
 
     def warm_up(self) -> None:
         """Run every stage once, with the shortest and the longest context."""
@@ -128,15 +182,25 @@ class Stages:
         contexts = [
             build_context("", text, "?", self._form, self.checkpoint.generator_tokenizer) for text in ("", longest)
         ]
-        scores = np.zeros(1, np.float32)
+        scores = torch.zeros(1)
         for strategy in self.checkpoint.strategies:
             for context in contexts:
-                self.run([Generate([context], scores, strategy, GenerationOptions(num_beams=2, max_new_tokens=4))])
-                self.run([Score([context], scores, strategy, [self._codec.encode("?")])])
+                documents = [torch.tensor(context.input_ids)]
+                task = self._engine.task(documents, scores, strategy=strategy, num_beams=2, max_new_tokens=4)
+                self._engine.run([task])
 
-    def run(self, jobs: list[Job]) -> Sequence[Outcome]:
-        """One outcome for each job; all are of one kind and one key."""
-        stages: dict[type, Callable[[list[Any]], Sequence[Outcome]]] = {
+    def admits(self, jobs: Sequence[Job]) -> bool:
+        """Whether the budget has room for these jobs beside what is being generated."""
+        tasks = [self._task(job) for job in jobs if isinstance(job, Generate)]
+        return self.scheduler.admits([cache_tokens(task) for task in tasks if isinstance(task, Task)])
+
+    def step(self) -> bool:
+        """One token for every answer that is being generated; whether any goes on."""
+        return self.scheduler.step()
+
+    def run(self, jobs: list[Job]) -> Sequence[Outcome | Later]:
+        """One outcome for each job, now or later; all are of one kind and one key."""
+        stages: dict[type, Callable[[list[Any]], Sequence[Outcome | Later]]] = {
             Encode: self._encode,
             Assemble: self._assemble,
             Generate: self._generate,
@@ -157,35 +221,47 @@ class Stages:
 
         return _each(contexts, jobs)
 
-    def _generate(self, jobs: list[Generate]) -> Sequence[Outcome]:
-        made = self._engine.generate(*self._batch(jobs), strategy=jobs[0].strategy, **asdict(jobs[0].options))
-        texts = [self._codec.text(sequence) for sequence in made.sequences.tolist()]
-        return _by_question(len(jobs), made.question, texts, made.log_probs, made.doc_posterior)
+    def _generate(self, jobs: list[Generate]) -> Sequence[Outcome | Later]:
+        tasks = [self._task(job) for job in jobs]
+        tickets = [AnswerTicket(job, self._codec) for job in jobs]
+        able = [(task, ticket) for task, ticket in zip(tasks, tickets, strict=True) if isinstance(task, Task)]
+        self.scheduler.join([task for task, _ in able], [ticket for _, ticket in able])
+        return [ticket.later if isinstance(task, Task) else task for task, ticket in zip(tasks, tickets, strict=True)]
+
+    def _task(self, job: Generate) -> Task | RagError:
+        """Made once a job, however often its place in the queue is looked at; or why it is refused."""
+        if job not in self._tasks:
+            [self._tasks[job]] = _each(
+                lambda job: self._engine.task(self._documents(job), torch.from_numpy(job.doc_scores), **job.options),
+                [job],
+            )
+        return self._tasks[job]
 
     def _tokenize(self, jobs: list[Tokenize]) -> Sequence[Outcome]:
         return _each(lambda job: [self._codec.encode(answer) for answer in job.answers], jobs)
 
     def _score(self, jobs: list[Score]) -> Sequence[Outcome]:
-        given = [(row, answer) for row, job in enumerate(jobs) for answer in job.answers]
-        sequences, _ = pad_contexts([answer.sequence for _, answer in given], self._pad_token_id)
-        question = torch.tensor([row for row, _ in given])
-        scored = self._engine.score(
-            *self._batch(jobs), self._embedded(sequences), question=question, strategy=jobs[0].strategy
+        pad = int(self.checkpoint.generator_tokenizer.pad_token_id)
+        evidence = self._engine.score_each(
+            [self._documents(job) for job in jobs],
+            [torch.from_numpy(job.doc_scores) for job in jobs],
+            [padded([self._embedded(answer.sequence) for answer in job.answers], pad) for job in jobs],
+            jobs[0].strategy,
         )
-        texts = [answer.text for _, answer in given]
-        return _by_question(len(jobs), question, texts, scored.log_probs, scored.doc_posterior)
+        texts = [[answer.text for answer in job.answers] for job in jobs]
+        return _each(
+            lambda pair: scored_answers(pair[0], self._codec, pair[1]), list(zip(evidence, texts, strict=True))
+        )
 
-    def _batch(self, jobs: Sequence[Generate | Score]) -> tuple[Tensor, Tensor, Tensor]:
-        """Context ids and mask (B·N, S), document scores (B, N)."""
-        rows = [context.input_ids for job in jobs for context in job.contexts]
-        ids, mask = pad_contexts(rows, self._pad_token_id)
-        return self._embedded(ids), mask, torch.from_numpy(np.stack([job.doc_scores for job in jobs]))
+    def _documents(self, job: Generate | Score) -> list[Tensor]:
+        return [self._embedded(context.input_ids) for context in job.contexts]
 
-    def _embedded(self, ids: Tensor) -> Tensor:
+    def _embedded(self, ids: Sequence[int]) -> Tensor:
         """`ids` with those that have no row in the embedding table as unknown: <mask>, with some BARTs."""
         config: Any = self.checkpoint.config.generator
         unknown = self.checkpoint.generator_tokenizer.unk_token_id
-        return ids if unknown is None else ids.masked_fill(ids >= config.vocab_size, unknown)
+        row = torch.tensor(ids)
+        return row if unknown is None else row.masked_fill(row >= config.vocab_size, unknown)
 
 
 def _each(make: Callable[[Kind], Made], jobs: Sequence[Kind]) -> list[Made | RagError]:
@@ -199,14 +275,28 @@ def _each(make: Callable[[Kind], Made], jobs: Sequence[Kind]) -> list[Made | Rag
     return outcomes
 
 
-def _by_question(
-    n_questions: int, question: Tensor, texts: Sequence[str], log_probs: Tensor, posteriors: Tensor
-) -> list[list[ScoredAnswer] | InferenceError]:
-    answers: list[list[ScoredAnswer]] = [[] for _ in range(n_questions)]
-    rows = zip(question.tolist(), texts, log_probs.tolist(), posteriors.tolist(), strict=True)
-    for index, text, log_prob, posterior in rows:
-        answers[index].append(ScoredAnswer(text, log_prob, posterior))
-    return [
-        of_question if all(math.isfinite(answer.log_prob) for answer in of_question) else InferenceError(_NOT_FINITE)
-        for of_question in answers
-    ]
+def scored_answers(evidence: Evidence, codec: AnswerCodec, texts: Sequence[str] | None = None) -> list[ScoredAnswer]:
+    """The answers as text, or under the ``texts`` that were given.
+
+    Raises:
+        InferenceError: the model's numbers overflowed.
+    """
+    if not bool(evidence.log_probs.isfinite().all()):
+        raise InferenceError(_NOT_FINITE)
+    answers = []
+    for index, sequence in enumerate(evidence.sequences.tolist()):
+        shares, posteriors = evidence.token_log_probs[index].tolist(), evidence.token_posterior[index].tolist()
+        tokens = [
+            ScoredToken(codec.token(sequence[position + 1]), shares[position], posteriors[position])
+            for position, counted in enumerate(evidence.counted[index].tolist())
+            if counted
+        ]
+        answers.append(
+            ScoredAnswer(
+                codec.text(sequence) if texts is None else texts[index],
+                float(evidence.log_probs[index]),
+                evidence.doc_posterior[index].tolist(),
+                tokens,
+            )
+        )
+    return answers

@@ -167,8 +167,25 @@ class AnswerRequest(Asked):
     seed: Int63 | None = Field(default=None, description="Makes sampling repeatable.")
     deduplicate: bool = Field(default=True, description="RAG-Sequence: score equal candidates once.")
     collection: CollectionName = "default"
-    provenance: Literal["none", "answer"] = Field(
-        default="answer", description="`answer`: give the posterior of every document given each answer."
+    decoding: Literal["thorough", "fast"] = Field(
+        default="thorough",
+        description="RAG-Sequence: score every candidate under every document, or (`fast`) only under those whose own "
+        "search found it; probabilities are lower bounds then.",
+    )
+    choices: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        fail_fast=True,
+        description="Closed answers: score these and no others, and give their normalised probabilities.",
+    )
+    stream: bool = Field(
+        default=False,
+        description="Answer one question as server-sent events: `documents`, `token` as the text is written (greedy "
+        "search and sampling with RAG-Token), `answer` with the whole response, or `error`.",
+    )
+    provenance: Literal["none", "answer", "token"] = Field(
+        default="answer",
+        description="`answer`: the posterior of every document given each answer. `token`: after every token too.",
     )
     passages: list[OwnPassage] | None = Field(
         default=None, min_length=1, fail_fast=True, description="Answer from these instead of retrieving."
@@ -182,6 +199,8 @@ class AnswerRequest(Asked):
 
     @model_validator(mode="after")
     def _options_agree(self) -> Self:
+        if self.stream and not isinstance(self.question, str):
+            raise ValueError("stream=true answers one question, given as a string")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError("min_new_tokens is above max_new_tokens")
         if not self.do_sample:
@@ -206,12 +225,24 @@ class Document(Wire):
     truncated: bool = Field(default=False, description="The passage was cut so that the question fits.")
 
 
+class AnswerToken(Wire):
+    """One token of an answer, the end-of-sequence token included."""
+
+    text: str
+    log_prob: float = Field(description="Its share of log p(y|x): the shares sum to it.")
+    doc_posterior: list[float] = Field(description="p(z|x,y_≤i): the document posterior after this token.")
+
+
 class Answer(Wire):
     text: str
     log_prob: float = Field(description="log p(y|x), marginalised over the documents as the head defines it.")
     probability: float
     doc_posterior: list[float] | None = Field(
         default=None, description="p(z|x,y) of each document, in the order of `documents`; sums to 1."
+    )
+    tokens: list[AnswerToken] | None = Field(default=None, description="With `provenance: token`.")
+    choice_probability: float | None = Field(
+        default=None, description="Of a choice among the `choices`, which sum to 1; `min_probability` is held to it."
     )
 
 

@@ -1,57 +1,41 @@
 """The RAG heads as one object: contexts and document scores in, answers with their evidence out.
 
-Shapes: B questions, N documents a question, S source tokens, C answers returned, T target tokens.
+:meth:`RagEngine.generate` and :meth:`RagEngine.score` take batches of tensors, as transformers does. A service that
+lets questions come and go uses the parts they are made of: :meth:`RagEngine.task`, :meth:`RagEngine.begin`,
+:meth:`RagEngine.step`, :meth:`RagEngine.finish`.
+
+Shapes: B questions, N documents a question, S source tokens, C answers, T target tokens without the start token.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
+from transformers import BartForConditionalGeneration, LogitsProcessorList, StoppingCriteriaList
 
 from generator_svc.checkpoint import Checkpoint, load_checkpoint
-from generator_svc.engine import heads
-from generator_svc.engine.heads import Contexts, Sequences
-from generator_svc.engine.likelihood import counted_tokens, document_posterior, marginal_log_prob, token_log_probs
-from generator_svc.engine.options import GenerationOptions
+from generator_svc.engine.backend import Answers, Backend, Decoding, Task
+from generator_svc.engine.bart_backend import BartBackend
+from generator_svc.engine.evidence import Evidence, Generated, evidence_of
+from generator_svc.engine.heads import padded, without_padding
+from generator_svc.engine.options import check_defaults, generation_config
+from generator_svc.engine.transformers_backend import TransformersBackend
 from shared.errors import InvalidRequest
 from shared.schemas import Strategy
-
-
-@dataclass(frozen=True)
-class Generated:
-    """Answers with their evidence.
-
-    ``sequences`` (C, 1 + T) int64 as transformers returns them: the decoder's start token, the answer, padding; the
-    answers of a question follow each other, in the order in which the head ranks them. ``log_probs`` (C,) float32 is
-    log p(y|x), ``doc_posterior`` (C, N) float32 is p(z|x,y), both as :mod:`generator_svc.engine.likelihood` defines
-    them. ``question`` (C,) int64 says whose answer each one is: C is B·num_return_sequences, less where RAG-Sequence
-    has fewer different candidates.
-    """
-
-    sequences: Tensor
-    log_probs: Tensor
-    doc_posterior: Tensor
-    question: Tensor
-
-
-@dataclass(frozen=True)
-class Scored:
-    """``log_probs`` (C,) float32 and ``doc_posterior`` (C, N) float32 of the answers given."""
-
-    log_probs: Tensor
-    doc_posterior: Tensor
 
 
 class RagEngine:
     """RAG-Token and RAG-Sequence over one checkpoint. Not thread-safe: one thread owns it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        check_defaults(checkpoint.name, checkpoint.generation_defaults)
         self.checkpoint = checkpoint
-        self._model = checkpoint.model
+        is_bart = type(checkpoint.model.generator) is BartForConditionalGeneration
+        self._backend: Backend = (BartBackend if is_bart else TransformersBackend)(checkpoint.model)
+        generator: Any = checkpoint.config.generator
+        self._pad = int(generator.pad_token_id)
 
     @classmethod
     def from_pretrained(
@@ -66,14 +50,12 @@ class RagEngine:
         resolved = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return cls(load_checkpoint(path, device=device, dtype=resolved, any_strategy=any_strategy))
 
-    @torch.inference_mode()
     def generate(
         self,
         context_input_ids: Tensor,
         context_attention_mask: Tensor,
         doc_scores: Tensor,
         *,
-        strategy: Strategy | None = None,
         n_docs: int | None = None,
         **options: Any,
     ) -> Generated:
@@ -83,30 +65,20 @@ class RagEngine:
             context_input_ids: (B·N, S) int64, padded at the right; a question's documents follow each other.
             context_attention_mask: (B·N, S), 0 where padded.
             doc_scores: (B, N), inner products of question and documents.
-            strategy: "token" or "sequence"; None: the head that the checkpoint was trained for.
             n_docs: N, for callers who want it checked; the shape of `doc_scores` decides.
-            options: fields of :class:`GenerationOptions`.
+            options: those of :meth:`task`.
 
         Raises:
             InvalidRequest: shapes that do not agree, or an option that this head or checkpoint cannot honour.
         """
-        chosen = self.checkpoint.strategy(strategy)
         contexts = self._contexts(context_input_ids, context_attention_mask, doc_scores, n_docs)
-        requested = GenerationOptions(**options)
-        config = requested.config(self.checkpoint.generation_defaults)
-        self._check(config, chosen)
-        states = heads.encode(self._model, contexts)
-        with _seeded(requested.seed if config.do_sample else None, self.checkpoint.device):
-            if chosen == "token":  # transformers' search encodes the contexts once more, by itself
-                found = heads.generate_token(self._model, contexts, config)
-            else:
-                found = heads.generate_sequence(
-                    self._model, contexts, states, config, deduplicate=requested.deduplicate
-                )
-        scored = self._score(found, contexts, states, chosen)
-        return Generated(found.sequences, scored.log_probs, scored.doc_posterior, found.question)
+        allowed = options.pop("prefix_allowed_tokens_fn", None)
+        tasks = []
+        for index, (documents, scores) in enumerate(zip(contexts, doc_scores, strict=True)):
+            of_question = None if allowed is None else (lambda ids, index=index: allowed(index, ids))
+            tasks.append(self.task(documents, scores, prefix_allowed_tokens=of_question, **options))
+        return self._joined(self.run(tasks))
 
-    @torch.inference_mode()
     def score(
         self,
         context_input_ids: Tensor,
@@ -117,28 +89,145 @@ class RagEngine:
         question: Tensor | None = None,
         strategy: Strategy | None = None,
         n_docs: int | None = None,
-    ) -> Scored:
+    ) -> Generated:
         """log p(y|x) and p(z|x,y) of given answers.
 
         Args:
             sequences: (C, 1 + T) int64 in the form of `Generated.sequences`: the decoder's start token, then the
                 answer up to and including its end-of-sequence token; what follows that is padding.
-            question: (C,) int64, whose answer each one is; None: C / B answers for each question.
+            question: (C,) int64 ascending, whose answer each one is; None: C / B answers for each question.
 
         The other arguments and the errors are those of :meth:`generate`.
         """
-        chosen = self.checkpoint.strategy(strategy)
         contexts = self._contexts(context_input_ids, context_attention_mask, doc_scores, n_docs)
-        device = self.checkpoint.device
         if question is None:
-            per_question, rest = divmod(len(sequences), len(contexts.doc_scores))
+            per_question, rest = divmod(len(sequences), len(contexts))
             if rest:
                 raise InvalidRequest("the number of sequences is no multiple of the number of questions")
-            question = torch.arange(len(contexts.doc_scores)).repeat_interleave(per_question)
-        given = Sequences(sequences.to(device), question.to(device))
-        return self._score(given, contexts, heads.encode(self._model, contexts), chosen)
+            question = torch.arange(len(contexts)).repeat_interleave(per_question)
+        answers = [sequences[question == index] for index in range(len(contexts))]
+        return self._joined(self.score_each(contexts, list(doc_scores), answers, strategy))
 
-    def _contexts(self, input_ids: Tensor, mask: Tensor, doc_scores: Tensor, n_docs: int | None) -> Contexts:
+    def task(
+        self,
+        contexts: Sequence[Tensor],
+        doc_scores: Tensor,
+        *,
+        strategy: Strategy | None = None,
+        deduplicate: bool | None = None,
+        decoding: Literal["thorough", "fast"] = "thorough",
+        seed: int | None = None,
+        prefix_allowed_tokens: Callable[[Tensor], list[int]] | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        **options: Any,
+    ) -> Task:
+        """One question, with everything about its generation decided.
+
+        Args:
+            contexts: token ids of its N documents, (S,) each, no padding.
+            doc_scores: (N,).
+            strategy: "token" or "sequence"; None: the head that the checkpoint was trained for.
+            deduplicate: RAG-Sequence's ``do_deduplication``; None: as the checkpoint says.
+            decoding: RAG-Sequence: "thorough" scores every candidate under every document, "fast" takes p(y|x,z) = 0
+                where the search over z did not find y, so that ``log_probs`` are lower bounds (paper, §2.5).
+            seed: makes sampling repeatable, whatever else runs.
+            prefix_allowed_tokens, logits_processor, stopping_criteria: as in transformers.
+            options: those named in :data:`generator_svc.engine.options.HONOURED`.
+
+        Raises:
+            InvalidRequest: an option that this head or checkpoint cannot honour.
+        """
+        self._check_contexts(contexts)
+        chosen = self.checkpoint.strategy(strategy)
+        config = generation_config(self.checkpoint.generation_defaults, chosen, **options)
+        if config.max_length is not None and config.max_length - 1 > self.checkpoint.max_target_tokens:
+            raise InvalidRequest(
+                f"the generator has positions for {self.checkpoint.max_target_tokens} new tokens",
+                param="max_new_tokens",
+            )
+        searched = chosen == "token" and not config.do_sample
+        if searched and config.num_return_sequences > config.num_beams:
+            raise InvalidRequest("num_return_sequences is above num_beams", param="num_return_sequences")
+        if seed is not None and not config.do_sample:
+            raise InvalidRequest("seed has an effect only with do_sample", param="seed")
+        if decoding == "fast" and chosen != "sequence":
+            raise InvalidRequest("decoding has an effect only with strategy 'sequence'", param="decoding")
+        if deduplicate is False and chosen != "sequence":
+            raise InvalidRequest("deduplicate has an effect only with strategy 'sequence'", param="deduplicate")
+        device = self.checkpoint.device
+        return Task(
+            contexts=[context.to(device) for context in contexts],
+            log_prior=_log_prior(doc_scores, device),
+            strategy=chosen,
+            config=config,
+            deduplicate=self.checkpoint.config.do_deduplication if deduplicate is None else deduplicate,
+            fast=decoding == "fast",
+            seed=seed,
+            prefix_allowed_tokens=prefix_allowed_tokens,
+            processors=logits_processor or LogitsProcessorList(),
+            stopping=stopping_criteria or StoppingCriteriaList(),
+        )
+
+    def run(self, tasks: Sequence[Task]) -> list[Evidence]:
+        """The answers of all tasks, which run together from beginning to end."""
+        running = self.begin(tasks)
+        while unfinished := [decoding for decoding in running if not decoding.finished]:
+            self.step(unfinished)
+        return self.finish(running)
+
+    @torch.inference_mode()
+    def begin(self, tasks: Sequence[Task]) -> list[Decoding]:
+        """Encodes the documents of all questions together; each question then goes on by itself."""
+        encoded = iter(self._backend.encode([context for task in tasks for context in task.contexts]))
+        return [self._backend.begin(task, [next(encoded) for _ in task.contexts]) for task in tasks]
+
+    @torch.inference_mode()
+    def step(self, running: Sequence[Decoding]) -> None:
+        """One token for every row of every question, whatever their options. None may be finished."""
+        self._backend.step(running)
+
+    @torch.inference_mode()
+    def finish(self, done: Sequence[Decoding]) -> list[Evidence]:
+        """The answers of questions that are finished."""
+        answers = self._backend.finish(done)
+        return [
+            evidence_of(
+                found,
+                decoding.task.log_prior,
+                decoding.task.strategy,
+                decoding.task.eos_token_ids,
+                decoding.task.config.forced_bos_token_id,
+            )
+            for found, decoding in zip(answers, done, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def score_each(
+        self,
+        contexts: Sequence[Sequence[Tensor]],
+        doc_scores: Sequence[Tensor],
+        sequences: Sequence[Tensor],
+        strategy: Strategy | None = None,
+    ) -> list[Evidence]:
+        """As :meth:`score`, a question at a time: documents N of (S,), scores (N,), answers (C, 1 + T)."""
+        chosen, device = self.checkpoint.strategy(strategy), self.checkpoint.device
+        eos, forced_bos = self.checkpoint.eos_token_ids, self.checkpoint.forced_bos_token_id
+        for documents, rows in zip(contexts, sequences, strict=True):
+            self._check_contexts(documents)
+            self._check_answers(rows)
+        encoded = iter(self._backend.encode([row.to(device) for documents in contexts for row in documents]))
+        by_question = [[next(encoded) for _ in documents] for documents in contexts]
+        answers = [[without_padding(row, eos, self._pad) for row in rows.to(device)] for rows in sequences]
+        scored = self._backend.score(by_question, answers)
+        return [
+            evidence_of(
+                Answers(padded(rows, self._pad), log_probs), _log_prior(scores, device), chosen, eos, forced_bos
+            )
+            for rows, log_probs, scores in zip(answers, scored, doc_scores, strict=True)
+        ]
+
+    def _contexts(self, input_ids: Tensor, mask: Tensor, doc_scores: Tensor, n_docs: int | None) -> list[list[Tensor]]:
         if n_docs is not None and n_docs != doc_scores.shape[1]:
             raise InvalidRequest(f"doc_scores has {doc_scores.shape[1]} documents, n_docs is {n_docs}", param="n_docs")
         if input_ids.shape != mask.shape or len(input_ids) != doc_scores.numel():
@@ -146,40 +235,46 @@ class RagEngine:
                 f"context_input_ids {tuple(input_ids.shape)} and context_attention_mask {tuple(mask.shape)} must have "
                 f"one row for each of the doc_scores {tuple(doc_scores.shape)}"
             )
-        device = self.checkpoint.device
-        return Contexts(input_ids.to(device), mask.to(device), doc_scores.to(device, torch.float32))
+        if bool((mask[:, 1:] > mask[:, :-1]).any()):
+            raise InvalidRequest("contexts must be padded at the right", param="context_attention_mask")
+        self._check_ids(input_ids, "context_input_ids")
+        rows = [ids[kept.bool()] for ids, kept in zip(input_ids, mask, strict=True)]
+        documents = doc_scores.shape[1]
+        return [rows[start : start + documents] for start in range(0, len(rows), documents)]
 
-    def _check(self, config: Any, strategy: Strategy) -> None:
-        """Refuse what would be ignored, or crash inside."""
-        if config.max_length is not None and config.max_length - 1 > self.checkpoint.max_target_tokens:
+    def _check_contexts(self, contexts: Sequence[Tensor]) -> None:
+        longest = getattr(self.checkpoint.config.generator, "max_position_embeddings", None)
+        if not contexts or min(map(len, contexts)) == 0:
+            raise InvalidRequest("a question needs documents, and each of them a token", param="context_input_ids")
+        if longest is not None and max(map(len, contexts)) > longest:
+            raise InvalidRequest(f"the generator has positions for {longest} tokens", param="context_input_ids")
+
+    def _check_ids(self, ids: Tensor, param: str) -> None:
+        generator: Any = self.checkpoint.config.generator
+        vocabulary = int(generator.vocab_size)
+        if bool((ids < 0).any()) or bool((ids >= vocabulary).any()):
+            raise InvalidRequest(f"token ids go from 0 to {vocabulary - 1}; pad with {self._pad}", param=param)
+
+    def _check_answers(self, rows: Tensor) -> None:
+        start = self.checkpoint.generation_defaults.decoder_start_token_id
+        self._check_ids(rows, "sequences")
+        if rows.dim() != 2 or len(rows) == 0 or rows.shape[1] < 2 or bool((rows[:, 0] != start).any()):
             raise InvalidRequest(
-                f"the generator has positions for {self.checkpoint.max_target_tokens} new tokens",
-                param="max_new_tokens",
+                f"every question needs answers, each of them the decoder's start token {start} and a token at least",
+                param="sequences",
             )
-        searched = strategy == "token" and not config.do_sample
-        if searched and config.num_return_sequences > config.num_beams:
-            raise InvalidRequest("num_return_sequences is above num_beams", param="num_return_sequences")
 
-    def _score(self, found: Sequences, contexts: Contexts, states: Tensor, strategy: Strategy) -> Scored:
-        checkpoint = self.checkpoint
-        counted = counted_tokens(found.sequences, checkpoint.eos_token_ids, checkpoint.forced_bos_token_id)
-        log_probs = found.log_probs
-        if log_probs is None:
-            rows = contexts.rows[found.question]
-            log_probs = token_log_probs(self._model.generator, states, contexts.mask, rows, found.sequences)
-        doc_scores = contexts.doc_scores[found.question]
-        return Scored(
-            marginal_log_prob(log_probs, counted, doc_scores, strategy),
-            document_posterior(log_probs, counted, doc_scores),
+    def _joined(self, evidence: list[Evidence]) -> Generated:
+        counts = torch.tensor([len(found.sequences) for found in evidence])
+        return Generated(
+            sequences=padded([row for found in evidence for row in found.sequences], self._pad),
+            question=torch.arange(len(evidence)).repeat_interleave(counts).to(self.checkpoint.device),
+            log_probs=torch.cat([found.log_probs for found in evidence]),
+            doc_posterior=torch.cat([found.doc_posterior for found in evidence]),
+            evidence=evidence,
         )
 
 
-@contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Draw from `seed`, and leave torch's generators as they were."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+def _log_prior(doc_scores: Tensor, device: torch.device) -> Tensor:
+    """log p(z|x), (N,) float32."""
+    return doc_scores.to(device, torch.float32).log_softmax(0)

@@ -1,13 +1,14 @@
-r"""How probable an answer is, document by document, and what that says about the documents.
+r"""How probable an answer is, document by document and token by token, and what that says about the documents.
 
-Teacher forcing: the decoder reads the answer and gives log p(y_t | x, z, y_<t) for every token and every document.
-From these, in float32:
+The decoder gives log p(y_t | x, z, y_<t) for every token and every document. From these, in float32:
 
 - RAG-Token      log p(y|x) = Σ_t log Σ_z p(z|x) p(y_t | x, z, y_<t)      (Lewis et al. 2020, §2.1)
 - RAG-Sequence   log p(y|x) = log Σ_z p(z|x) Π_t p(y_t | x, z, y_<t)
 - posterior      p(z|x,y) ∝ p(z|x) Π_t p(y_t | x, z, y_<t)
 
-p(z|x) is the softmax of the document scores over the N documents given.
+p(z|x) is the softmax of the document scores over the N documents given. Stopped after token i the last formula gives
+the running posterior p(z|x,y_≤i). By the chain rule each token has its own share of log p(y|x): for RAG-Token the term
+of the sum, for RAG-Sequence log Σ_z p(z|x,y_<i) p(y_i | x, z, y_<i).
 
 The posterior is Bayes' rule for RAG-Sequence. RAG-Token draws a document anew for each token, so that no single z
 stands behind an answer there; the same formula then says which document would explain the whole answer by itself,
@@ -22,21 +23,15 @@ where there is none. Two tokens can be forced in generation, whatever the model 
 
 What changes a search (length penalty, n-gram bans, temperature, top-k, top-p, minimum length) does not enter.
 
-Shapes: C candidate answers, N documents, R rows of the encoder (B·N), S source tokens, T target tokens without the
-start token, D width, V vocabulary.
+Shapes: C answers, N documents, T target tokens without the start token.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
 from shared.schemas import Strategy
-
-# Logits of one step of scoring: 2**25 float32 are 128 MiB.
-_MAX_LOGITS = 2**25
 
 
 def counted_tokens(sequences: Tensor, eos_token_ids: Sequence[int], forced_bos_token_id: int | None) -> Tensor:
@@ -49,49 +44,20 @@ def counted_tokens(sequences: Tensor, eos_token_ids: Sequence[int], forced_bos_t
     return counted_CT
 
 
-@torch.inference_mode()
-def token_log_probs(
-    generator: PreTrainedModel, encoder_states_RSD: Tensor, mask_RS: Tensor, rows_CN: Tensor, sequences: Tensor
-) -> Tensor:
-    """log p(y_t | x, z, y_<t), (C, N, T) float32.
-
-    `rows_CN` names the encoder's row of each candidate and document; `sequences` (C, 1 + T) begin with the start
-    token. Each document was encoded once; candidates are taken a few at a time, so that the logits stay small.
-    """
-    labels_CT = sequences[:, 1:]
-    (n_candidates, n_docs), n_tokens = rows_CN.shape, labels_CT.shape[1]
-    vocabulary = int(generator.config.vocab_size)
-    step = max(1, _MAX_LOGITS // (n_docs * n_tokens * vocabulary))
-    parts = []
-    for start in range(0, n_candidates, step):
-        rows = rows_CN[start : start + step].reshape(-1)
-        labels = labels_CT[start : start + step].repeat_interleave(n_docs, dim=0)
-        logits_RTV = generator(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoder_states_RSD[rows]),
-            attention_mask=mask_RS[rows],
-            decoder_input_ids=sequences[start : start + step, :-1].repeat_interleave(n_docs, dim=0),
-            use_cache=False,
-        ).logits.float()
-        chosen_RT = logits_RTV.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        parts.append((chosen_RT - logits_RTV.logsumexp(dim=-1)).view(-1, n_docs, n_tokens))
-    return torch.cat(parts)
-
-
-def marginal_log_prob(log_probs_CNT: Tensor, counted_CT: Tensor, doc_scores_CN: Tensor, strategy: Strategy) -> Tensor:
-    """log p(y|x), (C,) float32, as the head defines it."""
-    prior_CN = doc_scores_CN.float().log_softmax(dim=1)
+def token_shares(log_probs_CNT: Tensor, counted_CT: Tensor, log_prior_N: Tensor, strategy: Strategy) -> Tensor:
+    """(C, T) float32: each token's share of log p(y|x), 0 where it is not counted. They sum to log p(y|x)."""
     if strategy == "token":
-        marginal_CT = (prior_CN.unsqueeze(-1) + log_probs_CNT).logsumexp(dim=1)
-        return marginal_CT.masked_fill(~counted_CT, 0.0).sum(dim=1)
-    return (prior_CN + _answer_log_probs(log_probs_CNT, counted_CT)).logsumexp(dim=1)
+        marginal_CT = (log_prior_N[:, None] + log_probs_CNT).logsumexp(dim=1)
+        return marginal_CT.masked_fill(~counted_CT, 0.0)
+    running_CT = _running_joint(log_probs_CNT, counted_CT, log_prior_N).logsumexp(dim=1)
+    return torch.diff(running_CT, dim=1, prepend=running_CT.new_zeros(len(running_CT), 1))
 
 
-def document_posterior(log_probs_CNT: Tensor, counted_CT: Tensor, doc_scores_CN: Tensor) -> Tensor:
-    """p(z|x,y), (C, N) float32; each row sums to one."""
-    prior_CN = doc_scores_CN.float().log_softmax(dim=1)
-    return (prior_CN + _answer_log_probs(log_probs_CNT, counted_CT)).softmax(dim=1)
+def running_posterior(log_probs_CNT: Tensor, counted_CT: Tensor, log_prior_N: Tensor) -> Tensor:
+    """p(z|x,y_≤i) after each token, (C, T, N) float32; the last one is p(z|x,y). Each row sums to one."""
+    return _running_joint(log_probs_CNT, counted_CT, log_prior_N).softmax(dim=1).transpose(1, 2)
 
 
-def _answer_log_probs(log_probs_CNT: Tensor, counted_CT: Tensor) -> Tensor:
-    """log p(y | x, z), (C, N)."""
-    return log_probs_CNT.masked_fill(~counted_CT.unsqueeze(1), 0.0).sum(dim=2)
+def _running_joint(log_probs_CNT: Tensor, counted_CT: Tensor, log_prior_N: Tensor) -> Tensor:
+    """log p(z, y_≤i | x), (C, N, T)."""
+    return log_prior_N[:, None] + log_probs_CNT.masked_fill(~counted_CT.unsqueeze(1), 0.0).cumsum(dim=2)

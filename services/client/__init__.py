@@ -11,5 +11,6 @@
 
 from services.client.calls import Unreachable
 from services.client.clients import AsyncRagClient, RagClient
+from services.client.events import StreamEvent
 
-__all__ = ["AsyncRagClient", "RagClient", "Unreachable"]
+__all__ = ["AsyncRagClient", "RagClient", "StreamEvent", "Unreachable"]

@@ -76,6 +76,11 @@ def answer(question: str | Sequence[str], options: AnswerOptions) -> Call[Answer
     return _post("/v1/answer", AnswerRequest, AnswerResponse, {"question": _plain(question), **options})
 
 
+def stream(question: str, options: AnswerOptions) -> Call[AnswerResponse]:
+    fields = {"question": question, "stream": True, **options}
+    return _post("/v1/answer", AnswerRequest, AnswerResponse, fields)
+
+
 def score(question: str | Sequence[str], answers: Sequence[Any], options: ScoreOptions) -> Call[ScoreResponse]:
     fields = {"question": _plain(question), "answers": [_plain(given) for given in answers], **options}
     return _post("/v1/score", ScoreRequest, ScoreResponse, fields)
@@ -128,6 +133,11 @@ def read(call: Call[T], response: httpx.Response) -> T:
     except ValueError:
         body = None  # a proxy's page, not ours: the status has to do
     raise error_from_wire(response.status_code, body, _retry_after_s(response))
+
+
+def is_stream(response: httpx.Response) -> bool:
+    """Whether events follow; anything else is an error, and `read` raises it."""
+    return str(response.headers.get("content-type", "")).startswith("text/event-stream")
 
 
 def unreachable(call: Call[Any], url: str, cause: Exception) -> Unreachable:

@@ -1,6 +1,7 @@
 """The clients: one that blocks, one that awaits. The requests and responses are in :mod:`services.client.calls`."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, closing
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
@@ -8,6 +9,7 @@ import httpx
 
 from services.client import calls
 from services.client.calls import Call, Service, Vectors
+from services.client.events import EventReader, StreamEvent
 from services.client.options import AnswerOptions, EncodeOptions, RetrieveOptions, ScoreOptions, SearchOptions
 from shared.errors import DeadlineExceeded, RagError
 from shared.retrieval import RetrieveResult
@@ -92,6 +94,26 @@ class RagClient(_Client):
         """Answer one question or many from retrieved passages (or from ``passages``)."""
         return self._send(calls.answer(question, options))
 
+    def stream(self, question: str, **options: Unpack[AnswerOptions]) -> Iterator[StreamEvent]:
+        """The answer to one question while it is made: its documents, the text piece by piece, the whole response.
+
+        Pieces come with greedy search and with one sample of RAG-Token. What is not read to the end is cancelled.
+        """
+        call, reader = calls.stream(question, options), EventReader()
+        try:
+            response = self._http.send(self._request(call), stream=True)
+            with closing(response):
+                if not calls.is_stream(response):
+                    response.read()
+                    calls.read(call, response)
+                for line in response.iter_lines():
+                    if (event := reader.read(line)) is not None:
+                        yield event
+        except httpx.TransportError as error:
+            raise self._failure(call, error) from error
+        if not reader.ended:
+            raise calls.unreachable(call, self._url(call), EOFError("the stream ended early"))
+
     def score(
         self,
         question: str | Sequence[str],
@@ -165,6 +187,22 @@ class AsyncRagClient(_Client):
 
     async def answer(self, question: str | Sequence[str], **options: Unpack[AnswerOptions]) -> AnswerResponse:
         return await self._send(calls.answer(question, options))
+
+    async def stream(self, question: str, **options: Unpack[AnswerOptions]) -> AsyncIterator[StreamEvent]:
+        call, reader = calls.stream(question, options), EventReader()
+        try:
+            response = await self._http.send(self._request(call), stream=True)
+            async with aclosing(response):
+                if not calls.is_stream(response):
+                    await response.aread()
+                    calls.read(call, response)
+                async for line in response.aiter_lines():
+                    if (event := reader.read(line)) is not None:
+                        yield event
+        except httpx.TransportError as error:
+            raise self._failure(call, error) from error
+        if not reader.ended:
+            raise calls.unreachable(call, self._url(call), EOFError("the stream ended early"))
 
     async def score(
         self,

@@ -36,7 +36,9 @@ class AnswerOptions(ScoreOptions, total=False):
     top_p: float
     seed: int | None
     deduplicate: bool
-    provenance: Literal["none", "answer"]
+    decoding: Literal["thorough", "fast"]
+    choices: list[str] | None
+    provenance: Literal["none", "answer", "token"]
     min_probability: float
 
 

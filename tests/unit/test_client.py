@@ -63,7 +63,7 @@ def failing(error: Exception) -> Callable[[httpx.Request], httpx.Response]:
 @pytest.mark.parametrize(
     ("options", "fields", "positional"),
     [
-        (AnswerOptions, schemas.AnswerRequest.model_fields, {"question"}),
+        (AnswerOptions, schemas.AnswerRequest.model_fields, {"question", "stream"}),
         (ScoreOptions, schemas.ScoreRequest.model_fields, {"question", "answers"}),
         (SearchOptions, schemas.SearchRequest.model_fields, {"question"}),
         (EncodeOptions, schemas.EncodeRequest.model_fields, {"question"}),
@@ -245,3 +245,50 @@ async def test_the_async_client_sends_and_raises_the_same() -> None:
     async with AsyncRagClient("http://rag", transport=httpx.MockTransport(refusing)) as client:
         with pytest.raises(InvalidRequest):
             await client.answer("q")
+
+
+# --- streams -----------------------------------------------------------------------------------------------
+
+
+def events(*pairs: tuple[str, Any]) -> Callable[[httpx.Request], httpx.Response]:
+    body = "".join(f"event: {event}\ndata: {json.dumps(data)}\n\n" for event, data in pairs)
+    return lambda _: httpx.Response(200, text=body, headers={"Content-Type": "text/event-stream"})
+
+
+DOCUMENTS = ("documents", {"documents": ANSWER["results"][0]["documents"]})  # type: ignore[index]
+
+
+def test_a_stream_gives_documents_pieces_and_the_response() -> None:
+    service = events(DOCUMENTS, ("token", {"text": "4"}), ("later", {}), ("token", {"text": "2"}), ("answer", ANSWER))
+    documents, *pieces, answer = client_of(service).stream("q")
+    assert [document.id for document in documents] == [1]  # type: ignore[union-attr]
+    assert pieces == ["4", "2"]
+    assert answer == schemas.AnswerResponse.model_validate(ANSWER)
+
+
+async def test_the_async_client_streams_the_same() -> None:
+    service = events(DOCUMENTS, ("token", {"text": "42"}), ("answer", ANSWER))
+    async with AsyncRagClient("http://rag", transport=httpx.MockTransport(service)) as client:
+        streamed = [event async for event in client.stream("q")]
+    assert streamed == list(client_of(service).stream("q"))
+
+
+def test_an_error_event_is_raised_as_its_class() -> None:
+    refused = error_to_wire(DeadlineExceeded("too late"))
+    with pytest.raises(DeadlineExceeded, match="too late"):
+        list(client_of(events(DOCUMENTS, ("error", refused))).stream("q"))
+
+
+def test_an_error_before_the_stream_is_raised_as_its_class() -> None:
+    with pytest.raises(Overloaded):
+        list(client_of(Service(429, error_to_wire(Overloaded("full")))).stream("q"))
+
+
+def test_a_stream_that_breaks_off_is_no_answer() -> None:
+    with pytest.raises(Unreachable, match="ended early"):
+        list(client_of(events(DOCUMENTS)).stream("q"))
+
+
+def test_events_of_something_else_are_an_upstream_error() -> None:
+    with pytest.raises(UpstreamError, match="not a generator"):
+        list(client_of(events(("answer", {"text": "?"}))).stream("q"))

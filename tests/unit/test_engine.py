@@ -184,9 +184,67 @@ def test_scoring_in_small_steps_changes_nothing(checkpoints: list[Path], monkeyp
     engine = RagEngine.from_pretrained(checkpoints[0])
     contexts = random_contexts(3)
     made = engine.generate(*contexts, strategy="sequence", num_beams=3, num_return_sequences=3, max_new_tokens=8)
-    monkeypatch.setattr("generator_svc.engine.likelihood._MAX_LOGITS", 1)
+    monkeypatch.setattr("generator_svc.engine.decoding.LOGITS_ROWS", 3)
     scored = engine.score(*contexts, made.sequences, question=made.question, strategy="sequence")
     assert scored.log_probs.tolist() == pytest.approx(made.log_probs.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["token", "sequence"])
+def test_the_tokens_shares_sum_to_the_answer_and_the_last_posterior_is_the_answers(
+    checkpoints: list[Path], strategy: str
+) -> None:
+    engine = RagEngine.from_pretrained(checkpoints[2])
+    made = engine.generate(*random_contexts(4), strategy=strategy, num_beams=3, max_new_tokens=8)
+    for found in made.evidence:
+        assert found.token_log_probs.sum(1).tolist() == pytest.approx(found.log_probs.tolist(), abs=1e-5)
+        assert torch.all(found.token_log_probs[~found.counted] == 0)
+        assert found.token_posterior.sum(2).numpy() == pytest.approx(1, abs=1e-5)
+        assert torch.equal(found.token_posterior[:, -1], found.doc_posterior)
+
+
+def test_fast_decoding_counts_an_answer_only_under_the_documents_that_found_it(checkpoints: list[Path]) -> None:
+    """Lewis et al. 2020, §2.5: p(y|x,z) = 0 where y is not among the beams of z."""
+    engine = RagEngine.from_pretrained(checkpoints[2])
+    ids, mask, scores = random_contexts(6, n_questions=1)
+    options = {"strategy": "sequence", "num_beams": 3, "max_new_tokens": 8}
+    alone = [
+        engine.generate(ids[n : n + 1], mask[n : n + 1], scores[:, :1], num_return_sequences=3, **options)
+        for n in range(3)
+    ]
+    prior = scores[0].log_softmax(0)
+    expected: dict[tuple[int, ...], float] = {}
+    for n, found in enumerate(alone):
+        for row, log_prob in zip(found.sequences.tolist(), found.log_probs.tolist(), strict=True):
+            answer = tuple(row[: row.index(EOS, 1) + 1])
+            expected[answer] = np.logaddexp(expected.get(answer, -np.inf), prior[n].item() + log_prob)
+    fast = engine.generate(ids, mask, scores, decoding="fast", num_return_sequences=9, **options)
+    assert len(fast.sequences) == len(expected)
+    for row, log_prob in zip(fast.sequences.tolist(), fast.log_probs.tolist(), strict=True):
+        assert log_prob == pytest.approx(expected[tuple(row[: row.index(EOS, 1) + 1])], abs=1e-4)
+    thorough = engine.score(ids, mask, scores, fast.sequences, strategy="sequence")
+    assert torch.all(thorough.log_probs >= fast.log_probs - 1e-5)
+
+
+def test_questions_of_every_kind_run_together_and_get_what_they_get_alone(checkpoints: list[Path]) -> None:
+    engine = RagEngine.from_pretrained(checkpoints[4])
+    tasks = []
+    for seed, options in enumerate(
+        [
+            {"strategy": "token"},
+            {"strategy": "sequence", "num_beams": 3},
+            {"strategy": "token", "num_beams": 2, "num_return_sequences": 2},
+            {"strategy": "sequence", "decoding": "fast", "num_beams": 2},
+            {"strategy": "token", "do_sample": True, "seed": 5, "top_k": 0, "num_return_sequences": 3},
+        ]
+    ):
+        ids, mask, scores = random_contexts(seed, n_questions=1, n_docs=seed + 1)
+        documents = [row[kept.bool()] for row, kept in zip(ids, mask, strict=True)]
+        tasks.append(engine.task(documents, scores[0], max_new_tokens=3 + seed, **options))
+    together = engine.run(tasks)
+    for task, found in zip(tasks, together, strict=True):
+        [alone] = engine.run([task])
+        assert found.sequences.tolist() == alone.sequences.tolist()
+        assert found.log_probs.tolist() == pytest.approx(alone.log_probs.tolist(), abs=1e-4)
 
 
 def test_padding_does_not_change_an_answer(checkpoints: list[Path]) -> None:
@@ -274,5 +332,11 @@ def test_what_cannot_be_honoured_is_refused(checkpoints: list[Path]) -> None:
         engine.generate(ids, mask, scores, n_docs=4)
     with pytest.raises(InvalidRequest, match="one row for each"):
         engine.generate(ids[:-1], mask[:-1], scores)
-    with pytest.raises(TypeError, match="repetition"):
+    with pytest.raises(InvalidRequest, match="repetition cannot be honoured"):
         engine.generate(ids, mask, scores, repetition=2)
+    with pytest.raises(InvalidRequest, match="encoder_repetition_penalty cannot be honoured"):
+        engine.generate(ids, mask, scores, encoder_repetition_penalty=2.0)
+    with pytest.raises(InvalidRequest, match="not supported"):
+        engine.generate(ids, mask, scores, num_beams=2, do_sample=True)
+    with pytest.raises(InvalidRequest, match="decoding has an effect only with strategy 'sequence'"):
+        engine.generate(ids, mask, scores, strategy="token", decoding="fast")

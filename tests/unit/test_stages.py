@@ -1,74 +1,114 @@
 """What shares a batch, and that each job of a batch gets what it would get alone."""
 
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from generator_svc.checkpoint import load_checkpoint
 from generator_svc.contexts import Context
-from generator_svc.engine import GenerationOptions
+from generator_svc.engine import RagEngine
+from generator_svc.engine.scheduler import Scheduler
 from generator_svc.stages import Assemble, Encode, Generate, Score, Stages, Tokenize, batch_key, batch_size
+from shared.deadline import Deadline
 from shared.errors import InferenceError, InvalidRequest
+from shared.worker import DeviceWorker
 from tests.tiny_checkpoint import generator_tokenizer, save_tiny_checkpoint
 
-GREEDY = GenerationOptions(num_beams=1, max_new_tokens=8)
+GREEDY = {"num_beams": 1, "max_new_tokens": 8}
 
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
-    return Stages(load_checkpoint(save_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))))
+    return Stages(load_checkpoint(save_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))), max_tokens=10_000)
 
 
-def generate(n_docs: int, options: GenerationOptions = GREEDY, strategy: str = "token", seed: int = 0) -> Generate:
+def generate(n_docs: int, options: Mapping[str, Any] = GREEDY, strategy: str = "token", seed: int = 0) -> Generate:
     random = np.random.default_rng(seed)
     contexts = [Context([0, *random.integers(5, 300, 5 + i + seed).tolist(), 2], False) for i in range(n_docs)]
-    return Generate(contexts, random.standard_normal(n_docs, dtype=np.float32), strategy, options)
+    scores = random.standard_normal(n_docs, dtype=np.float32)
+    return Generate(contexts, scores, {"strategy": strategy, **options})
 
 
-def test_equal_options_share_a_batch_and_others_do_not() -> None:
-    key = batch_key(generate(3))
-    assert key == batch_key(generate(3, seed=1))
-    assert key != batch_key(generate(2))
-    assert key != batch_key(generate(3, strategy="sequence"))
-    assert key != batch_key(generate(3, GenerationOptions(num_beams=2, max_new_tokens=8)))
+async def outcomes(stages: Stages, jobs: list[Generate]) -> list[Any]:
+    """What the worker gives for jobs that arrive together, in their order."""
+    worker: DeviceWorker[Any, Any] = DeviceWorker(
+        stages.run,
+        name="test",
+        key=batch_key,
+        size=batch_size,
+        max_batch_size=128,
+        max_wait_ms=0,
+        max_queue=64,
+        step=stages.step,
+        admits=stages.admits,
+    )
+    await worker.start()
+    try:
+        submitted = [worker.submit(job, Deadline.after(None, 60_000)) for job in jobs]
+        return await asyncio.gather(*submitted, return_exceptions=True)
+    finally:
+        await worker.stop()
+
+
+def test_jobs_of_one_kind_share_a_batch() -> None:
+    assert batch_key(generate(3)) == batch_key(generate(2, {"num_beams": 2}, strategy="sequence"))
     assert batch_key(Encode("a")) == batch_key(Encode("b")) != batch_key(Tokenize(["a"]))
-
-
-def test_sampling_shares_with_nobody_not_even_with_its_like() -> None:
-    job = generate(3, GenerationOptions(do_sample=True, seed=1))
-    assert batch_key(job) != batch_key(job)
 
 
 def test_the_size_of_a_job_is_its_rows() -> None:
     assert batch_size(Encode("a")) == 1
     assert batch_size(generate(3)) == 3
-    assert batch_size(generate(3, GenerationOptions(num_beams=4))) == 12
-    assert batch_size(generate(3, GenerationOptions(do_sample=True, num_return_sequences=5))) == 15
 
 
-@pytest.mark.parametrize("strategy", ["token", "sequence"])
-def test_a_merged_job_gets_its_own_answers(stages: Stages, strategy: str) -> None:
-    options = GenerationOptions(num_beams=3, num_return_sequences=2, max_new_tokens=8)
-    jobs = [generate(3, options, strategy, seed) for seed in range(4)]
-    merged = stages.run(jobs)
-    for job, together in zip(jobs, merged, strict=True):
-        [alone] = stages.run([job])
-        assert [answer.text for answer in together] == [answer.text for answer in alone]
-        assert [answer.log_prob for answer in together] == pytest.approx([a.log_prob for a in alone], abs=1e-4)
+@pytest.mark.parametrize("max_tokens", [1, 300, 10_000])
+async def test_merged_jobs_of_every_kind_get_their_own_answers_whatever_the_budget(
+    stages: Stages, max_tokens: int
+) -> None:
+    stages.scheduler = Scheduler(RagEngine(stages.checkpoint), max_tokens)
+    jobs = [
+        generate(
+            1 + seed % 3,
+            {"num_beams": 1 + seed % 2, "max_new_tokens": 3 + seed},
+            strategy=("token", "sequence")[seed % 2],
+            seed=seed,
+        )
+        for seed in range(8)
+    ]
+    together = await outcomes(stages, jobs)
+    assert stages.scheduler.running == 0
+    for job, merged in zip(jobs, together, strict=True):
+        [alone] = await outcomes(stages, [job])
+        assert [answer.text for answer in merged] == [answer.text for answer in alone]
+        assert [answer.log_prob for answer in merged] == pytest.approx([a.log_prob for a in alone], abs=1e-4)
 
 
-def test_a_mask_token_without_a_row_of_its_own_is_read_as_unknown(tmp_path: Path) -> None:
-    stages = Stages(load_checkpoint(save_tiny_checkpoint(tmp_path, mask_row=False)))
+async def test_the_text_arrives_in_pieces_that_make_up_the_answer(stages: Stages) -> None:
+    pieces: list[list[str]] = [[] for _ in range(8)]
+    jobs = [
+        replace(generate(3, {"max_new_tokens": 12, "min_new_tokens": 6}, seed=seed), on_text=pieces[seed].append)
+        for seed in range(8)
+    ]
+    for [answer], arrived in zip(await outcomes(stages, jobs), pieces, strict=True):
+        assert answer.text.startswith("".join(arrived))  # random bytes may end in half a character
+    assert max(len(arrived) for arrived in pieces) > 3
+
+
+async def test_a_mask_token_without_a_row_of_its_own_is_read_as_unknown(tmp_path: Path) -> None:
+    stages = Stages(load_checkpoint(save_tiny_checkpoint(tmp_path, mask_row=False)), max_tokens=10_000)
     mask = [("title", f"text {generator_tokenizer().mask_token}")]
     [[context]] = stages.run([Assemble("how many?", mask)])
     unknown = Context(
         [3 if token == generator_tokenizer().mask_token_id else token for token in context.input_ids], False
     )
     assert unknown != context
-    [[read]], [[expected]] = (
-        stages.run([Generate([given], np.zeros(1, np.float32), "token", GREEDY)]) for given in (context, unknown)
-    )
+    [read], [expected] = [
+        await outcomes(stages, [Generate([given], np.zeros(1, np.float32), GREEDY)]) for given in (context, unknown)
+    ]
     assert read == expected
 
 
@@ -84,10 +124,10 @@ def test_scores_of_different_numbers_of_answers_share_a_batch(stages: Stages) ->
         assert [answer.log_prob for answer in together] == pytest.approx([a.log_prob for a in alone], abs=1e-4)
 
 
-def test_probabilities_that_are_not_finite_are_an_error_and_no_answer(tmp_path: Path) -> None:
-    stages = Stages(load_checkpoint(save_tiny_checkpoint(tmp_path)))
-    stages.checkpoint.model.generator.final_logits_bias.fill_(float("nan"))  # as an overflow in float16 leaves it
-    [outcome] = stages.run([generate(2)])
+async def test_probabilities_that_are_not_finite_are_an_error_and_no_answer(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(save_tiny_checkpoint(tmp_path))
+    checkpoint.model.generator.final_logits_bias.fill_(float("nan"))  # as an overflow in float16 leaves it
+    [outcome] = await outcomes(Stages(checkpoint, max_tokens=10_000), [generate(2)])
     assert isinstance(outcome, InferenceError)
 
 

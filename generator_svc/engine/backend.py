@@ -1,0 +1,80 @@
+"""What runs a generator, question by question: the interface that the engine and the scheduler see.
+
+Two backends exist: :mod:`generator_svc.engine.bart_backend`, ours, for BART; and
+:mod:`generator_svc.engine.transformers_backend`, transformers' own classes, for every other generator.
+
+Shapes: N documents of a question, S source tokens of one, C answers of a question, T target tokens without the start
+token.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from shared.schemas import Strategy
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A question to be answered: ``contexts`` N of (S,) int64 without padding, ``log_prior`` (N,) log p(z|x)."""
+
+    contexts: Sequence[Tensor]
+    log_prior: Tensor
+    strategy: Strategy
+    config: GenerationConfig
+    deduplicate: bool = True
+    fast: bool = False
+    seed: int | None = None
+    prefix_allowed_tokens: Callable[[Tensor], list[int]] | None = None
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    stopping: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The tokens that end an answer."""
+        eos = self.config.eos_token_id
+        return [eos] if isinstance(eos, int) else list(eos or [])
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """``sequences`` (C, 1 + T), best first, padded; ``log_probs`` (C, N, T) log p(y_t|x,z,y_<t), 0 where padded."""
+
+    sequences: Tensor
+    log_probs: Tensor
+
+
+class Decoding(Protocol):
+    """A question on its way."""
+
+    task: Task
+
+    @property
+    def finished(self) -> bool: ...
+
+    @property
+    def written(self) -> Tensor | None:
+        """(T,) what a single row has written so far; None where nothing is certain before the end."""
+
+
+class Backend(Protocol):
+    def encode(self, contexts: Sequence[Tensor]) -> list[Any]:
+        """Each document, once; what comes back serves generation and scoring alike."""
+
+    def begin(self, task: Task, encoded: Sequence[Any]) -> Decoding: ...
+
+    def step(self, running: Sequence[Any]) -> None:
+        """Moves decodings on by one token, or more."""
+
+    def finish(self, done: Sequence[Any]) -> list[Answers]:
+        """The answers of decodings that are finished."""
+
+    def score(self, encoded: Sequence[Sequence[Any]], answers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """For each question log p(y_t|x,z,y_<t) of its answers under its documents: (C, N, T), 0 behind an end.
+
+        Args:
+            answers: for each question C of (1 + T,), the decoder's start token first, no padding.
+        """

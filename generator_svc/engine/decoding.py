@@ -1,0 +1,128 @@
+"""One question's way through the decoder, and the step that moves many questions at once.
+
+``step`` is the whole of continuous batching: it takes whichever questions are running, whatever their heads, documents,
+beams and lengths, runs one pass of the decoder over the new nodes of all of them, and lets each search choose.
+
+Shapes: N documents, R rows of all documents, K rows of one, C cached nodes, D model, V vocabulary.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from generator_svc.engine.backend import Task
+from generator_svc.engine.cache import DocumentCache
+from generator_svc.engine.decoder import Bart
+from generator_svc.engine.heads import document_log_probs, marginalize
+from generator_svc.engine.search import RowSearch, Search
+from generator_svc.engine.trie import Trie
+
+SCORED_ROWS = 2048  # nodes of tries in one pass: enough for the products to be fast, little enough to fit beside them
+LOGITS_ROWS = 256  # rows of logits held at once while scoring
+
+
+class BartDecoding:
+    """A question on its way. RAG-Token: one search over all documents; RAG-Sequence: a problem a document."""
+
+    def __init__(self, task: Task, caches: list[DocumentCache], search: Search) -> None:
+        self.task, self.caches, self.search = task, caches, search
+        self.depth = 0
+        # a problem: (K, C + K) bool, the nodes behind each of its rows, the row itself included
+        root = torch.ones(1, 1, dtype=torch.bool, device=task.log_prior.device)
+        self._visible: list[Tensor] = [root for _ in search.rows]
+
+    @property
+    def finished(self) -> bool:
+        return not any(self.search.rows)
+
+    @property
+    def written(self) -> Tensor | None:
+        return self.search.single() if self.task.strategy == "token" else None
+
+    def live(self) -> list[tuple[DocumentCache, int]]:
+        """Documents that still have rows, with the problem whose rows they run."""
+        if self.task.strategy == "token":
+            return [(cache, 0) for cache in self.caches]
+        return [(cache, problem) for problem, cache in enumerate(self.caches) if self.search.rows[problem]]
+
+    def row_inputs(self, problem: int) -> tuple[Tensor, Tensor | None]:
+        """Tokens (K,) and visibility of one problem's rows; None where every row sees every node."""
+        start = sum(self.search.rows[:problem])
+        visible = self._visible[problem]
+        tokens = self.search.tokens[start : start + self.search.rows[problem]]
+        return tokens, None if len(tokens) == 1 and bool(visible.all()) else visible
+
+    def advance(self, logits_RV: Tensor) -> None:
+        """Takes the logits of this question's rows, documents one behind the other."""
+        if self.task.strategy == "token":
+            log_probs = marginalize(logits_RV.view(len(self.caches), -1, logits_RV.shape[1]), self.task.log_prior)
+        elif isinstance(self.search, RowSearch):
+            log_probs = logits_RV  # greedy and sampling process logits, beams log-probabilities, as in transformers
+        else:
+            log_probs = document_log_probs(logits_RV)
+        self.search.advance(log_probs)
+        self.depth += 1
+        start = 0
+        for problem, rows in enumerate(self.search.rows):
+            if rows:
+                parents = self.search.parents[start : start + rows]
+                new = torch.eye(rows, dtype=torch.bool, device=parents.device)
+                self._visible[problem] = torch.cat([self._visible[problem][parents], new], 1)
+            start += rows
+
+
+@torch.inference_mode()
+def step(bart: Bart, running: Sequence[BartDecoding]) -> None:
+    """One token for every row of every question."""
+    caches, tokens, depths, visible, counts = [], [], [], [], []
+    for decoding in running:
+        count = 0
+        for cache, problem in decoding.live():
+            row_tokens, mask = decoding.row_inputs(problem)
+            caches.append(cache)
+            tokens.append(row_tokens)
+            visible.append(mask)
+            depths.append(torch.full_like(row_tokens, decoding.depth))
+            count += len(row_tokens)
+        counts.append(count)
+    hidden_RD = bart.extend(caches, torch.cat(tokens), torch.cat(depths), visible)
+    logits_RV = bart.logits(hidden_RD)
+    for decoding, logits in zip(running, torch.split(logits_RV, counts), strict=True):
+        decoding.advance(logits)
+
+
+@torch.inference_mode()
+def score(bart: Bart, caches: Sequence[DocumentCache], tries: Sequence[Trie]) -> list[Tensor]:
+    """log p(edge token | document, path to the edge's node): for each document (X,) float32, the edges of its trie.
+
+    Documents of many questions go together; a trie may stand for several documents.
+    """
+    scores: list[Tensor] = []
+    start = rows = 0
+    for end, trie in enumerate(tries):
+        if rows and rows + len(trie.tokens) > SCORED_ROWS:
+            scores += _score_together(bart, caches[start:end], tries[start:end])
+            start, rows = end, 0
+        rows += len(trie.tokens)
+    return scores + _score_together(bart, caches[start:], tries[start:])
+
+
+def _score_together(bart: Bart, caches: Sequence[DocumentCache], tries: Sequence[Trie]) -> list[Tensor]:
+    hidden_RD = bart.extend(
+        [cache.once() for cache in caches],
+        torch.cat([trie.tokens for trie in tries]),
+        torch.cat([trie.depths for trie in tries]),
+        [trie.visible for trie in tries],
+    )
+    starts = itertools.accumulate([len(trie.tokens) for trie in tries], initial=0)
+    edge_rows = torch.cat([trie.edge_nodes + start for trie, start in zip(tries, starts, strict=False)])
+    edge_tokens = torch.cat([trie.edge_tokens for trie in tries])
+    scores = torch.empty(len(edge_rows), device=hidden_RD.device)
+    for start in range(0, len(hidden_RD), LOGITS_ROWS):
+        logits_RV = bart.logits(hidden_RD[start : start + LOGITS_ROWS])
+        here = ((edge_rows >= start) & (edge_rows < start + LOGITS_ROWS)).nonzero().flatten()
+        rows = edge_rows[here] - start
+        scores[here] = logits_RV[rows, edge_tokens[here]] - logits_RV.logsumexp(-1)[rows]
+    return list(torch.split(scores, [len(trie.edge_tokens) for trie in tries]))

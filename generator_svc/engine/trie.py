@@ -1,0 +1,68 @@
+"""Candidates as a prefix trie, so that the decoder runs every distinct prefix once.
+
+Shapes: M nodes, C candidates, X edges.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Trie:
+    """The root is the decoder start token; the last token of a candidate is an edge, never a node."""
+
+    tokens: Tensor  # (M,) int64
+    depths: Tensor  # (M,) int64
+    visible: Tensor  # (M, M) bool: node and its ancestors
+    edge_nodes: Tensor  # (X,) int64: the node each edge leaves
+    edge_tokens: Tensor  # (X,) int64: the token it predicts
+    paths: list[list[int]]  # the edges of each candidate, in order
+
+    @classmethod
+    def of(cls, candidates: Sequence[Sequence[int]], device: torch.device) -> "Trie":
+        """``candidates``: token ids, decoder start token first, no padding, at least two tokens each."""
+        tokens, depths, parents = [candidates[0][0]], [0], [-1]
+        nodes: dict[tuple[int, int], int] = {}  # (parent node, token) -> node
+        edges: dict[tuple[int, int], int] = {}  # (node, next token) -> edge
+        paths = []
+        for candidate in candidates:
+            node, path = 0, []
+            for position, token in enumerate(candidate[1:], start=1):
+                path.append(edges.setdefault((node, token), len(edges)))
+                if position == len(candidate) - 1:
+                    break
+                if (node, token) not in nodes:
+                    nodes[node, token] = len(tokens)
+                    tokens.append(token)
+                    depths.append(position)
+                    parents.append(node)
+                node = nodes[node, token]
+            paths.append(path)
+        visible = torch.eye(len(tokens), dtype=torch.bool)
+        for node, parent in enumerate(parents):
+            if parent >= 0:
+                visible[node] |= visible[parent]
+        edge_nodes, edge_tokens = zip(*edges, strict=True)
+        return cls(
+            tokens=torch.tensor(tokens, device=device),
+            depths=torch.tensor(depths, device=device),
+            visible=visible.to(device),
+            edge_nodes=torch.tensor(edge_nodes, device=device),
+            edge_tokens=torch.tensor(edge_tokens, device=device),
+            paths=paths,
+        )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest candidate, the start token not counted."""
+        return max(map(len, self.paths))
+
+    def along_paths(self, edges_X: Tensor, width: int) -> Tensor:
+        """What the edges hold, token by token of each candidate: (C, width), 0 behind its end."""
+        along_CT = edges_X.new_zeros(len(self.paths), width)
+        for candidate, path in enumerate(self.paths):
+            along_CT[candidate, : len(path)] = edges_X[path]
+        return along_CT

@@ -1,0 +1,223 @@
+"""Our BART against transformers': trees of tokens, packed documents, growing caches, and what else may go wrong."""
+
+import copy
+import math
+import threading
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import RagTokenForGeneration
+
+from generator_svc.engine import Evidence, RagEngine
+from generator_svc.engine.decoder import Bart
+from generator_svc.engine.decoding import score
+from generator_svc.engine.trie import Trie
+from tests.parity import draw, in_memory, teacher_forced
+from tests.tiny_checkpoint import tiny_model
+
+EOS, PAD = 2, 1
+CPU = torch.device("cpu")
+
+
+def expected_log_probs(model: RagTokenForGeneration, context: Tensor, candidate: list[int]) -> list[float]:
+    with torch.no_grad():
+        logits = model.generator(input_ids=context[None], decoder_input_ids=torch.tensor([candidate[:-1]])).logits[0]
+    return logits.log_softmax(-1)[range(len(candidate) - 1), candidate[1:]].tolist()
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    candidates=st.lists(
+        st.lists(st.integers(3, 8), min_size=1, max_size=5).map(lambda tokens: [EOS, *tokens]), min_size=1, max_size=6
+    ),
+)
+def test_a_trie_scores_candidates_as_transformers_does_one_by_one(
+    seed: int, lengths: list[int], candidates: list[list[int]]
+) -> None:
+    model = draw(seed).model  # any activation, scale, tying and number of layers
+    vocabulary = model.config.generator.vocab_size
+    generator = torch.Generator().manual_seed(seed)
+    contexts = [torch.randint(0, vocabulary, (length,), generator=generator) for length in lengths]
+    expected = [[expected_log_probs(model, context, candidate) for candidate in candidates] for context in contexts]
+    bart, trie = Bart(model.generator), Trie.of(candidates, CPU)
+    edges = score(bart, bart.prefill(contexts, 4), [trie] * len(contexts))
+    for found_X, of_document in zip(edges, expected, strict=True):
+        for row, want in zip(trie.along_paths(found_X, trie.longest).tolist(), of_document, strict=True):
+            assert row[: len(want)] == pytest.approx(want, abs=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["token", "sequence"])
+def test_a_tree_that_outgrows_its_cache_many_times_changes_nothing(strategy: str) -> None:
+    """150 tokens by 4 beams are 600 nodes a document, where the cache begins with 64."""
+    model = tiny_model(eos_bias=-30.0)
+    ids, mask, scores = random_contexts(0)
+    rules: dict[str, Any] = {"num_beams": 4, "max_length": 151}
+    made = RagEngine(in_memory(model)).generate(ids, mask, scores, strategy=strategy, **rules)
+    if strategy == "token":
+        expected = model.generate(context_input_ids=ids, context_attention_mask=mask, doc_scores=scores, **rules)
+        assert made.sequences.tolist() == expected.tolist()
+    answer = made.sequences[0].tolist()
+    logits, prior = teacher_forced_by(model, ids, mask, scores, answer)
+    log_p = logits.log_softmax(-1)[:, range(150), answer[1:]]
+    marginal = (
+        (log_p + prior[:, None]).logsumexp(0).sum() if strategy == "token" else (log_p.sum(1) + prior).logsumexp(0)
+    )
+    assert made.log_probs[0].item() == pytest.approx(marginal.item(), abs=1e-3)
+
+
+def random_contexts(seed: int, n_docs: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 300, (n_docs, 12), generator=generator)
+    mask = (torch.arange(12) < torch.randint(4, 13, (n_docs, 1), generator=generator)).long()
+    return ids.masked_fill(mask == 0, PAD), mask, torch.randn(1, n_docs, generator=generator)
+
+
+def teacher_forced_by(
+    model: RagTokenForGeneration, ids: Tensor, mask: Tensor, scores: Tensor, answer: list[int]
+) -> tuple[Tensor, Tensor]:
+    double = copy.deepcopy(model).double()
+    with torch.no_grad():
+        logits = double.generator(
+            input_ids=ids, attention_mask=mask, decoder_input_ids=torch.tensor([answer[:-1]] * len(ids))
+        ).logits
+    return logits, scores[0].double().log_softmax(0)
+
+
+# --- numbers against float64, on the random models of the parity draws ---------------------------------------
+
+
+def reference(log_p_TN: Tensor, prior_N: Tensor, strategy: str) -> tuple[Tensor, Tensor]:
+    """Each token's share of log p(y|x) and p(z|x,y_≤i), by the definitions and in float64."""
+    joint_TN = prior_N + log_p_TN.cumsum(0)
+    if strategy == "token":
+        shares = (prior_N + log_p_TN).logsumexp(1)
+    else:
+        totals = torch.cat([torch.zeros(1, dtype=torch.float64), joint_TN.logsumexp(1)])
+        shares = totals[1:] - totals[:-1]
+    return shares, joint_TN.softmax(1)
+
+
+def evidence_of(seed: int, dtype: torch.dtype = torch.float32) -> tuple[Any, list[Evidence]]:
+    drawn = draw(seed)
+    rules: dict[str, Any] = {"max_length": drawn.options["max_length"], "num_beams": drawn.options["num_beams"]}
+    drawn.model.generator.to(dtype)
+    engine = RagEngine(in_memory(drawn.model))
+    made = engine.generate(drawn.ids, drawn.mask, drawn.doc_scores, strategy=drawn.strategy, **rules)
+    return draw(seed), made.evidence  # drawn anew: the weights in full precision
+
+
+def differences(seed: int, dtype: torch.dtype = torch.float32) -> list[tuple[float, float, float, float]]:
+    """(log_prob, its tokens, posterior, posterior by token): the largest differences of each answer."""
+    drawn, evidence = evidence_of(seed, dtype)
+    if dtype != torch.float32:
+        drawn.model.generator.to(dtype)  # the reference has the rounded weights, and rounds nothing else
+    found = []
+    for question, of_question in enumerate(evidence):
+        for row, sequence in enumerate(of_question.sequences.tolist()):
+            length = int(of_question.counted[row].sum())
+            logits_NTV, prior_N = teacher_forced(drawn, question, sequence[: 1 + length])
+            log_p_TN = logits_NTV.log_softmax(-1)[:, range(length), sequence[1 : 1 + length]].T
+            shares, posterior = reference(log_p_TN, prior_N, drawn.strategy)
+            found.append(
+                (
+                    abs(of_question.log_probs[row].item() - shares.sum().item()),
+                    (of_question.token_log_probs[row, :length] - shares).abs().max().item(),
+                    (of_question.doc_posterior[row] - posterior[-1]).abs().max().item(),
+                    (of_question.token_posterior[row, :length] - posterior).abs().max().item(),
+                )
+            )
+    return found
+
+
+@pytest.mark.parametrize("first", range(0, 120, 30))
+def test_probabilities_and_posteriors_are_those_of_float64(first: int) -> None:
+    worst = [difference for seed in range(first, first + 30) for row in differences(seed) for difference in row]
+    assert max(worst) < 1e-4
+
+
+def test_bfloat16_is_off_by_its_rounding() -> None:
+    """8 bits of mantissa: a logit of 8 is off by up to 1/32, and so is each token's log-probability, about."""
+    rows = [row for seed in range(60) for row in differences(seed, torch.bfloat16)]
+    of_tokens = sorted(row[1] for row in rows)
+    posteriors = sorted(row[2] for row in rows)
+    assert of_tokens[len(rows) // 2] < 0.05
+    assert posteriors[len(rows) // 2] < 0.02
+    assert of_tokens[-1] < 1.0
+
+
+# --- hazards -----------------------------------------------------------------------------------------------
+
+
+def test_padding_tokens_that_belong_to_an_answer_are_counted() -> None:
+    """Nothing keeps a model from writing its padding token, not even as the last of an answer cut off by length."""
+    model = tiny_model(eos_bias=-30.0, forced_eos=False)
+    model.generator.final_logits_bias[0, PAD] = 30.0
+    for strategy in ("token", "sequence"):
+        ids, mask, scores = random_contexts(1)
+        made = RagEngine(in_memory(model)).generate(ids, mask, scores, strategy=strategy, max_length=5)
+        assert made.sequences.tolist() == [[EOS, PAD, PAD, PAD, PAD]]
+        logits, prior = teacher_forced_by(model, ids, mask, scores, made.sequences[0].tolist())
+        shares, _ = reference(logits.log_softmax(-1)[..., PAD].T, prior, strategy)
+        assert made.evidence[0].token_log_probs[0].tolist() == pytest.approx(shares.tolist(), abs=1e-4)
+
+
+def test_several_ends_end_an_answer_and_its_probability() -> None:
+    model = tiny_model(eos_bias=-30.0, forced_eos=False)
+    model.generator.final_logits_bias[0, 7] = 30.0
+    engine = RagEngine(in_memory(model))
+    for strategy in ("token", "sequence"):
+        made = engine.generate(*random_contexts(1), strategy=strategy, max_length=6, eos_token_id=[EOS, 7])
+        assert made.sequences.tolist() == [[EOS, 7]]
+        assert made.evidence[0].counted.tolist() == [[True]]
+
+
+def test_nothing_that_comes_out_belongs_to_inference_mode_or_to_a_cache() -> None:
+    engine = RagEngine(in_memory(tiny_model()))
+    made = engine.generate(*random_contexts(1), strategy="token", num_beams=2, max_length=6)
+    assert not made.sequences.is_inference()
+    made.log_probs.add_(1.0)  # raises for a tensor of inference mode
+    assert not any(weight.is_inference() for weight in engine.checkpoint.model.parameters())
+
+
+def test_an_engine_that_one_thread_loaded_answers_in_another() -> None:
+    """inference_mode is a thread's own: the thread that owns the engine need not be the one that made it."""
+    engine, batch, made = RagEngine(in_memory(tiny_model())), random_contexts(1), []
+    thread = threading.Thread(
+        target=lambda: made.append(engine.generate(*batch, strategy="sequence", num_beams=2, max_length=6))
+    )
+    thread.start()
+    thread.join()
+    here = engine.generate(*batch, strategy="sequence", num_beams=2, max_length=6)
+    assert made[0].sequences.tolist() == here.sequences.tolist()
+    assert math.isclose(made[0].log_probs[0].item(), here.log_probs[0].item(), abs_tol=1e-6)
+
+
+def test_two_engines_over_one_model_agree() -> None:
+    """Stacking the projections moves the model's weights; what is read through the model stays what it was."""
+    model, batch = tiny_model(), random_contexts(2)
+    named = dict(zip(("context_input_ids", "context_attention_mask", "doc_scores"), batch, strict=True))
+    before = model.generate(**named, max_length=8)
+    engines = [RagEngine(in_memory(model)) for _ in range(2)]
+    assert torch.equal(model.generate(**named, max_length=8), before)
+    for engine in engines:
+        assert torch.equal(engine.generate(*batch, strategy="token", max_length=8).sequences, before)
+
+
+def test_draws_reach_the_corners() -> None:
+    """What the parity draws are there for does occur in them."""
+    drawn = [draw(seed) for seed in range(200)]
+    options = [made.options for made in drawn]
+    assert any(o["max_length"] == 2 for o in options)  # one new token
+    assert any(o["num_beams"] > made.model.config.generator.vocab_size for o, made in zip(options, drawn, strict=True))
+    assert any(made.doc_scores.shape[1] == 1 for made in drawn)  # one document
+    assert any(made.ids.shape[1] == 2 for made in drawn)  # contexts of two tokens
+    assert any(isinstance(made.model.generation_config.eos_token_id, list) for made in drawn)
+    assert any((made.ids[made.mask.bool()] == made.model.config.generator.pad_token_id).any() for made in drawn)
+    assert any(not made.model.config.generator.tie_word_embeddings for made in drawn)
+    assert any(o.get("early_stopping") == "never" for o in options)
