@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test test-fast check lint docs demo-model bench gpu-check clean browser
+.PHONY: help setup setup-dev run test test-fast check lint docs demo-model bench bench-engine parity gpu-check clean browser
 
 PYTHON ?= python3
 VENV   := .venv
@@ -52,6 +52,12 @@ demo-model: setup-dev  ## train the demo's checkpoint from nothing (up to 90 min
 
 bench: setup-dev  ## compare the services with transformers' own RAG, on the demo
 	@$(BIN)/python -m benchmarks.answer
+
+bench-engine: setup-dev  ## compare the decode engine with transformers' generation (hours; BENCH=--quick: 8 minutes)
+	@$(BIN)/python -m benchmarks.engine $(BENCH)
+
+parity: setup-dev  ## compare token ids with transformers' on N random models, inputs and options (N=500)
+	@$(BIN)/python -W ignore -m tests.parity $(or $(N),500)
 
 gpu-check:  ## everything that runs on CUDA against the CPU; says so where there is no CUDA
 	@mkdir -p build benchmarks/results

@@ -1,0 +1,93 @@
+"""What this machine can do, and what a process took of it."""
+
+import ctypes
+import gc
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+_PEAK = Path("/proc/self/status")
+_RESET = Path("/proc/self/clear_refs")
+
+
+def describe(device: str) -> dict[str, Any]:
+    """The machine and the versions that a figure belongs to."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    units = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    return ", ".join([f"{os.cpu_count()} cores of {name}", *units])
+
+
+def timed(run: Callable[[], object], device: str) -> float:
+    """Seconds, until the device is done."""
+    began = time.perf_counter()
+    run()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def median_time(run: Callable[[], object], device: str, repeats: int) -> float:
+    """Seconds; the first run is a warm-up."""
+    timed(run, device)
+    return statistics.median(timed(run, device) for _ in range(repeats))
+
+
+def reset_peak_memory(device: str) -> None:
+    """From here on `peak_memory` counts anew. Without Linux's /proc it counts from the process's start."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _RESET.exists():
+        ctypes.CDLL(None).malloc_trim(0)  # what an earlier cell freed is not this one's
+        _RESET.write_text("5")
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of the device's memory on CUDA, of the whole process otherwise."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(device))
+    if _PEAK.exists():
+        line = next(line for line in _PEAK.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@torch.inference_mode()
+def matrix_product_peak(dtype: torch.dtype, device: str) -> float:
+    """Floating-point operations a second of the fastest of a few square products."""
+    fastest = 0.0
+    for size in (1024, 2048, 4096) if device == "cpu" else (4096, 8192):
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        seconds = median_time(lambda left=left, right=right: torch.mm(left, right), device, 5)  # type: ignore[misc]
+        fastest = max(fastest, 2 * size**3 / seconds)
+    return fastest
+
+
+@torch.inference_mode()
+def memory_bandwidth(device: str) -> float:
+    """Bytes a second, read and written, of a copy that no cache holds."""
+    source = torch.empty(2**28 if device == "cpu" else 2**30, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_time(lambda: target.copy_(source), device, 7)
