@@ -46,28 +46,37 @@ class BartBackend:
         step(self._bart, running)
 
     def finish(self, done: Sequence[BartDecoding]) -> list[Answers]:
-        found: list[list[Tensor]] = []
-        for decoding in done:
-            candidates = [row for problem in decoding.search.sequences() for row in problem]
-            if not candidates:  # the rules leave nothing to be said
-                candidates = [torch.tensor([self._start, self._pad], device=self._bart.device)]
-            ranked = decoding.task.strategy == "sequence"
-            found.append(unique_rows(candidates) if ranked and decoding.task.deduplicate else candidates)
-        fast = [decoding.task.fast for decoding in done]
+        found = [self._candidates(decoding) for decoding in done]
+        # RAG-Token's search has met every token of its results under every document, RAG-Sequence's candidates have
+        # met one document each. Where the rules left nothing to be said, nothing was met.
+        met = [decoding.task.strategy == "token" and decoding.search.sequences() != [[]] for decoding in done]
+        scored_later = [not known and not decoding.task.fast for decoding, known in zip(done, met, strict=True)]
         scored = iter(
             self.score(
-                [decoding.caches for decoding, is_fast in zip(done, fast, strict=True) if not is_fast],
-                [rows for rows, is_fast in zip(found, fast, strict=True) if not is_fast],
+                [decoding.caches for decoding, later in zip(done, scored_later, strict=True) if later],
+                [rows for rows, later in zip(found, scored_later, strict=True) if later],
             )
         )
         answers = []
-        for decoding, candidates in zip(done, found, strict=True):
+        for decoding, candidates, known in zip(done, found, met, strict=True):
             rows = padded(candidates, self._pad)
-            log_probs_CNT = self._score_own(decoding, candidates) if decoding.task.fast else next(scored)
+            if known:
+                log_probs_CNT = padded(decoding.token_log_probs(), 0.0).transpose(1, 2)
+            elif decoding.task.fast:
+                log_probs_CNT = self._score_own(decoding, candidates)
+            else:
+                log_probs_CNT = next(scored)
             if decoding.task.strategy == "sequence":
                 rows, log_probs_CNT = self._best(decoding.task, rows, log_probs_CNT)
             answers.append(Answers(rows, log_probs_CNT))
         return answers
+
+    def _candidates(self, decoding: BartDecoding) -> list[Tensor]:
+        candidates = [row for problem in decoding.search.sequences() for row in problem]
+        if not candidates:  # the rules leave nothing to be said
+            return [torch.tensor([self._start, self._pad], device=self._bart.device)]
+        ranked = decoding.task.strategy == "sequence"
+        return unique_rows(candidates) if ranked and decoding.task.deduplicate else candidates
 
     def score(self, encoded: Sequence[Sequence[DocumentCache]], answers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         if not answers:

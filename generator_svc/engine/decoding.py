@@ -41,6 +41,10 @@ class BartDecoding:
     def written(self) -> Tensor | None:
         return self.search.single() if self.task.strategy == "token" else None
 
+    def token_log_probs(self) -> list[Tensor]:
+        """RAG-Token: log p(y_t | x, z, y_<t) of every result, (T, N), as the search met them."""
+        return [kept_TN - self.task.log_prior for kept_TN in self.search.by_document()[0]]
+
     def live(self) -> list[tuple[DocumentCache, int]]:
         """Documents that still have rows, with the problem whose rows they run."""
         if self.task.strategy == "token":
@@ -57,12 +61,13 @@ class BartDecoding:
     def advance(self, logits_RV: Tensor) -> None:
         """Takes the logits of this question's rows, documents one behind the other."""
         if self.task.strategy == "token":
-            log_probs = marginalize(logits_RV.view(len(self.caches), -1, logits_RV.shape[1]), self.task.log_prior)
+            joint_NKV = logits_RV.view(len(self.caches), -1, logits_RV.shape[1])
+            log_probs = marginalize(joint_NKV, self.task.log_prior)
+            self.search.advance(log_probs, joint_NKV)
         elif isinstance(self.search, RowSearch):
-            log_probs = logits_RV  # greedy and sampling process logits, beams log-probabilities, as in transformers
+            self.search.advance(logits_RV)  # greedy and sampling process logits, beams log-probabilities: transformers
         else:
-            log_probs = document_log_probs(logits_RV)
-        self.search.advance(log_probs)
+            self.search.advance(document_log_probs(logits_RV))
         self.depth += 1
         start = 0
         for problem, rows in enumerate(self.search.rows):

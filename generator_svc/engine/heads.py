@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def marginalize(logits_NKV: Tensor, log_prior_N: Tensor) -> Tensor:
-    """RAG-Token: log Σ_z p(z|x) p(y_t | x, z, y_<t), (K, V) float32. Overwrites its argument.
+    """RAG-Token: log Σ_z p(z|x) p(y_t | x, z, y_<t), (K, V) float32. Leaves the terms of the sum in its argument.
 
     Source: Lewis et al. 2020, §2.1; ``RagTokenForGeneration.marginalize``.
     """
@@ -64,6 +64,6 @@ def bos_of(config: object) -> int | None:
     return bos
 
 
-def padded(rows: Sequence[Tensor], pad: int) -> Tensor:
-    """Rows of different lengths as one (C, T)."""
+def padded(rows: Sequence[Tensor], pad: float) -> Tensor:
+    """Rows of different lengths as one (C, T, …)."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad)

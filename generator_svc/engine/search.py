@@ -25,14 +25,21 @@ class Search(Protocol):
     parents: Tensor
     """(R,) int64: the row of the same problem, one step before, that each continues."""
 
-    def advance(self, log_probs_RV: Tensor) -> None:
-        """Takes the log-probabilities of what follows each row (float32), and chooses."""
+    def advance(self, log_probs_RV: Tensor, by_document_NRV: Tensor | None = None) -> None:
+        """Takes the log-probabilities of what follows each row (float32), and chooses.
+
+        ``by_document_NRV``: where the rows' log-probabilities come from several documents, those of each, which are
+        kept for every token that is chosen.
+        """
 
     def single(self) -> Tensor | None:
         """(T,) the only row there is, as far as it goes; None where rows compete."""
 
     def sequences(self) -> list[list[Tensor]]:
         """For each problem its results, best first: (T,) each, the decoder start token first, no padding."""
+
+    def by_document(self) -> list[list[Tensor]]:
+        """Beside each of ``sequences`` what was kept of its tokens: (T - 1, N)."""
 
 
 class RowSearch:
@@ -55,11 +62,12 @@ class RowSearch:
         self._history = torch.full((problems * samples, 1), start, device=device)
         self._open = torch.arange(problems * samples, device=device)
         self._lengths = torch.ones_like(self._open)
+        self._kept: list[Tensor] = []  # a step: (rows, N)
         self.rows = [1] * problems
         self.tokens = torch.full((problems,), start, device=device)
         self.parents = torch.zeros(problems, dtype=torch.int64, device=device)
 
-    def advance(self, log_probs_RV: Tensor) -> None:
+    def advance(self, log_probs_RV: Tensor, by_document_NRV: Tensor | None = None) -> None:
         if self._history.shape[1] == 1:
             log_probs_RV = log_probs_RV.repeat_interleave(self._samples, 0)
         history = self._history[self._open]
@@ -74,6 +82,11 @@ class RowSearch:
                 probabilities[impossible] = 0.0
                 probabilities[impossible, scores.argmax(-1)[impossible]] = 1.0
             chosen = torch.multinomial(probabilities, 1, generator=self._sampler)[:, 0]
+        if by_document_NRV is not None:
+            rows = torch.arange(len(chosen), device=chosen.device) if self._kept else torch.zeros_like(chosen)
+            kept = by_document_NRV.new_zeros(len(self._history), len(by_document_NRV))
+            kept[self._open] = by_document_NRV[:, rows, chosen].T
+            self._kept.append(kept)
         column = self._history.new_full((len(self._history), 1), self._pad)
         column[self._open, 0] = chosen
         self._lengths[self._open] += 1
@@ -93,7 +106,13 @@ class RowSearch:
         return self._history[0] if len(self._history) == 1 else None
 
     def sequences(self) -> list[list[Tensor]]:
-        rows = [row[:length] for row, length in zip(self._history, self._lengths.tolist(), strict=True)]
+        return self._by_problem(self._history, self._lengths)
+
+    def by_document(self) -> list[list[Tensor]]:
+        return self._by_problem(torch.stack(self._kept, 1), self._lengths - 1)
+
+    def _by_problem(self, values: Tensor, lengths: Tensor) -> list[list[Tensor]]:
+        rows = [row[:length] for row, length in zip(values, lengths.tolist(), strict=True)]
         return [rows[at : at + self._samples] for at in range(0, len(rows), self._samples)]
 
 
@@ -132,11 +151,14 @@ class BeamSearch:
         self._is_done = torch.zeros(shape, dtype=torch.bool, device=device)
         self._going = torch.arange(problems, device=device)  # problems of which the tensors above hold state
         self._results: list[list[Tensor]] = [[]] * problems
+        # beside _open and _done (G, K, max_length, N); N is 0 where nothing is kept
+        self._open_kept = self._done_kept = torch.empty(*shape, max_length, 0, device=device)
+        self._results_kept: list[list[Tensor]] = [[]] * problems
         self.rows = [1] * problems
         self.tokens = torch.full((problems,), start, device=device)
         self.parents = torch.zeros(problems, dtype=torch.int64, device=device)
 
-    def advance(self, log_probs_RV: Tensor) -> None:
+    def advance(self, log_probs_RV: Tensor, by_document_NRV: Tensor | None = None) -> None:
         beams, length, vocabulary = self._beams, self._length, log_probs_RV.shape[1]
         if length == 1:
             log_probs_RV = log_probs_RV.repeat_interleave(beams, 0)
@@ -149,11 +171,12 @@ class BeamSearch:
         parents = top // vocabulary
         candidates = _take(self._open, parents)
         candidates[:, :, length] = top % vocabulary
+        candidates_kept = self._kept_of(parents, top % vocabulary, by_document_NRV)
         stops = self._stopping(candidates[:, :, : length + 1].flatten(0, 1), None).view(top.shape)
 
         self._open_scores, kept = (top_scores + stops.float() * REJECTED).topk(beams)
-        self._open = _take(candidates, kept)
-        self._keep_done(candidates, top_scores, stops)
+        self._open, self._open_kept = _take(candidates, kept), _take(candidates_kept, kept)
+        self._keep_done(candidates, candidates_kept, top_scores, stops)
         self._length = length + 1
         going = self._improvable() & ~stops.all(-1)
         if self._early_stopping is True:
@@ -162,7 +185,21 @@ class BeamSearch:
         self.parents = (parents.gather(1, kept) if length > 1 else torch.zeros_like(kept))[going].flatten()
         self.tokens = self._open[:, :, length].flatten()
 
-    def _keep_done(self, candidates: Tensor, top_scores: Tensor, stops: Tensor) -> None:
+    def _kept_of(self, parents: Tensor, tokens: Tensor, by_document_NRV: Tensor | None) -> Tensor:
+        """What is kept of the candidates: (G, candidates, max_length, N)."""
+        if by_document_NRV is None:
+            return _take(self._open_kept, parents)
+        if self._length == 1:
+            shape = (*self._open_kept.shape[:3], len(by_document_NRV))
+            self._open_kept = by_document_NRV.new_zeros(shape)
+            self._done_kept = self._open_kept.clone()
+        problems = torch.arange(len(parents), device=parents.device)[:, None]
+        rows = problems.expand_as(parents) if self._length == 1 else problems * self._beams + parents
+        kept = _take(self._open_kept, parents)
+        kept[:, :, self._length - 1] = by_document_NRV[:, rows, tokens].movedim(0, -1)
+        return kept
+
+    def _keep_done(self, candidates: Tensor, candidates_kept: Tensor, top_scores: Tensor, stops: Tensor) -> None:
         just_done = stops.clone()
         just_done[:, self._beams :] = False  # the second half only stands by, so that K beams can go on
         scores = top_scores / (self._length**self._length_penalty)
@@ -170,6 +207,7 @@ class BeamSearch:
         lengths = torch.full_like(self._done_lengths[:, :1], self._length + 1).expand_as(just_done)
         self._done_scores, best = torch.cat([self._done_scores, scores], 1).topk(self._beams)
         self._done = _take(torch.cat([self._done, candidates], 1), best)
+        self._done_kept = _take(torch.cat([self._done_kept, candidates_kept], 1), best)
         self._done_lengths = torch.cat([self._done_lengths, lengths], 1).gather(1, best)
         self._is_done = torch.cat([self._is_done, just_done], 1).gather(1, best)
 
@@ -192,11 +230,14 @@ class BeamSearch:
         """
         for at in (~going).nonzero().flatten().tolist():
             taken = int((self._done_scores[at, : self._returned] > REJECTED).sum())
-            best = zip(self._done[at, :taken], self._done_lengths[at].tolist(), strict=False)
-            self._results[int(self._going[at])] = [row[:length] for row, length in best]
+            lengths = self._done_lengths[at, :taken].tolist()
+            problem = int(self._going[at])
+            self._results[problem] = [row[:n] for row, n in zip(self._done[at], lengths, strict=False)]
+            self._results_kept[problem] = [row[: n - 1] for row, n in zip(self._done_kept[at], lengths, strict=False)]
         if not going.all():
             self._going = self._going[going]
-            for name in ("_open", "_open_scores", "_done", "_done_scores", "_done_lengths", "_is_done"):
+            of_problems = ("_open", "_open_kept", "_open_scores", "_done", "_done_kept", "_done_scores")
+            for name in (*of_problems, "_done_lengths", "_is_done"):
                 setattr(self, name, getattr(self, name)[going])
         self.rows = [0] * len(self._results)
         for problem in self._going.tolist():
@@ -208,6 +249,9 @@ class BeamSearch:
     def sequences(self) -> list[list[Tensor]]:
         return self._results
 
+    def by_document(self) -> list[list[Tensor]]:
+        return self._results_kept
+
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:
-    return rows.take_along_dim(index[:, :, None], 1)
+    return rows.take_along_dim(index.view(*index.shape, *[1] * (rows.dim() - 2)), 1)
