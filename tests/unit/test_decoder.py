@@ -40,7 +40,7 @@ def expected_log_probs(model: RagTokenForGeneration, context: Tensor, candidate:
 def test_a_trie_scores_candidates_as_transformers_does_one_by_one(
     seed: int, lengths: list[int], candidates: list[list[int]]
 ) -> None:
-    model = draw(seed).model  # any activation, scale, tying and number of layers
+    model = draw(seed).model.double()  # any activation, scale, tying and number of layers, float32 blurs wide ones
     vocabulary = model.config.generator.vocab_size
     generator = torch.Generator().manual_seed(seed)
     contexts = [torch.randint(0, vocabulary, (length,), generator=generator) for length in lengths]
@@ -49,7 +49,7 @@ def test_a_trie_scores_candidates_as_transformers_does_one_by_one(
     edges = score(bart, bart.prefill(contexts, 4), [trie] * len(contexts))
     for found_X, of_document in zip(edges, expected, strict=True):
         for row, want in zip(trie.along_paths(found_X, trie.longest).tolist(), of_document, strict=True):
-            assert row[: len(want)] == pytest.approx(want, abs=1e-4)
+            assert row[: len(want)] == pytest.approx(want, abs=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["token", "sequence"])
