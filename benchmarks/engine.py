@@ -1,8 +1,8 @@
 """`make bench-engine`: the decode engine beside transformers' own generation.
 
-Same weights (random, fixed seed), same inputs, same threads, in turns: five documents a question, contexts of 212
-tokens on average (transformers gets them padded to 300, as its RagRetriever pads them), sixteen new tokens. Medians
-after a warm-up; a run that takes more than 20 seconds is done once. bfloat16 is compared with transformers in float32,
+Same weights (random, fixed seed), same inputs, same threads, run by run in turns: five documents a question, contexts
+of 212 tokens on average (transformers gets them padded to 300, as its RagRetriever pads them), sixteen new tokens.
+Medians after a warm-up; a run that takes more than 20 seconds is done once. bfloat16 is compared with transformers in float32,
 which is what it replaces, and with transformers in bfloat16. Memory is the peak of a process that holds one side only.
 """
 
@@ -23,7 +23,7 @@ from rich.table import Table
 from benchmarks.device_share import DeviceShare, device_share
 from benchmarks.machine import describe
 from benchmarks.models import SHAPES
-from benchmarks.sides import N_DOCS, NEW_TOKENS, Cell, Measured, Setup, started
+from benchmarks.sides import N_DOCS, NEW_TOKENS, Cell, Measured, Setup, measure_in_turns, started
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
@@ -89,10 +89,10 @@ def measured_rows(arguments: argparse.Namespace) -> Iterator[Row]:
     for shape in arguments.shape:
         float32: dict[Cell, Measured] = {}
         for dtype in sorted(arguments.dtype, reverse=True):
-            common = (shape, dtype, arguments.device, arguments.threads, arguments.repeats)
+            common = (shape, dtype, arguments.device, arguments.threads)
             with started(Setup("transformers", *common)) as rival, started(Setup("ours", *common)) as engine:
                 for cell in cells:
-                    theirs, ours = rival.measure(cell), engine.measure(cell)
+                    theirs, ours = measure_in_turns((rival, engine), cell, arguments.repeats)
                     if dtype == "float32":
                         float32[cell] = theirs
                     yield row_of(shape, dtype, cell, theirs=theirs, ours=ours, float32=float32.get(cell))

@@ -1,13 +1,14 @@
 """The two sides of the comparison, each in a process of its own, so that each one's memory is its own.
 
-Both live as long as their cells are measured, and take turns: what else the machine does meets both alike.
+Both live as long as their cells are measured, and take turns run by run: what else the machine does meets both alike.
 """
 
 import multiprocessing
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Literal, cast
 
@@ -44,6 +45,15 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Run:
+    """One batch answered. ``peak_bytes``: of the process, since the cell began."""
+
+    seconds: float
+    peak_bytes: int
+    sequences: list[list[int]]
+
+
+@dataclass(frozen=True)
 class Setup:
     """What a side is given once. ``dtype`` is torch's name for it; ``threads`` 0: as torch chooses."""
 
@@ -52,7 +62,6 @@ class Setup:
     dtype: str
     device: str
     threads: int
-    repeats: int
 
 
 def engine_of(model: Any, device: str) -> RagEngine:
@@ -79,12 +88,27 @@ class Side:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def measure(self, cell: Cell) -> Measured:
+    def run(self, cell: Cell) -> Run:
         self._connection.send(cell)
-        measured: Measured | BaseException = self._connection.recv()
-        if isinstance(measured, BaseException):
-            raise measured
-        return measured
+        done: Run | BaseException = self._connection.recv()
+        if isinstance(done, BaseException):
+            raise done
+        return done
+
+
+def measure_in_turns(sides: Sequence[Side], cell: Cell, repeats: int) -> list[Measured]:
+    """Every side once to warm up, then one after the other ``repeats`` times. A long first run is not repeated."""
+    runs = [[side.run(cell)] for side in sides]
+    short = [i for i, (first,) in enumerate(runs) if first.seconds <= LONG_S]
+    for _ in range(repeats):
+        for i in short:
+            runs[i].append(sides[i].run(cell))
+    return [_measured(of_side[1:] or of_side) for of_side in runs]
+
+
+def _measured(runs: Sequence[Run]) -> Measured:
+    last = runs[-1]
+    return Measured(statistics.median(run.seconds for run in runs), len(runs), last.peak_bytes, last.sequences)
 
 
 @contextmanager
@@ -106,13 +130,18 @@ def _live(connection: Connection, setup: Setup) -> None:
     if setup.threads:
         torch.set_num_threads(setup.threads)
     generate = _generator(setup)
+    current: Cell | None = None
     while True:
         try:
             cell = connection.recv()
         except EOFError:
             return
         try:
-            connection.send(_measure(generate, cell, setup))
+            if cell != current:
+                inputs = random_inputs(SHAPES[setup.shape], cell.batch, N_DOCS, setup.device)
+                reset_peak_memory(setup.device)
+                current = cell
+            connection.send(_run(partial(generate, inputs, cell), setup.device))
         except Exception as error:  # noqa: BLE001  raised on the other end
             connection.send(error)
 
@@ -136,15 +165,11 @@ def _generator(setup: Setup) -> Callable[[Inputs, Cell], Any]:
     )
 
 
-def _measure(generate: Callable[[Inputs, Cell], Any], cell: Cell, setup: Setup) -> Measured:
-    inputs = random_inputs(SHAPES[setup.shape], cell.batch, N_DOCS, setup.device)
-    answers: list[Any] = []
-    reset_peak_memory(setup.device)
+def _run(generate: Callable[[], Any], device: str) -> Run:
+    answers: list[list[int]] = []
 
     def run() -> None:
-        answers[:] = generate(inputs, cell).tolist()
+        answers[:] = generate().tolist()
 
-    times = [timed(run, setup.device)]
-    if times[0] <= LONG_S:
-        times = [timed(run, setup.device) for _ in range(setup.repeats)]  # the first one warmed up
-    return Measured(statistics.median(times), len(times), peak_memory(setup.device), answers)
+    seconds = timed(run, device)
+    return Run(seconds, peak_memory(device), answers)
