@@ -10,10 +10,12 @@ Shapes: N documents, C answers, T target tokens without the start token, X edges
 import copy
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import RagTokenForGeneration
 
 from generator_svc.engine.backend import Answers, Task
@@ -47,25 +49,19 @@ class BartBackend:
 
     def finish(self, done: Sequence[BartDecoding]) -> list[Answers]:
         found = [self._candidates(decoding) for decoding in done]
-        # RAG-Token's search has met every token of its results under every document, RAG-Sequence's candidates have
-        # met one document each. Where the rules left nothing to be said, nothing was met.
-        met = [decoding.task.strategy == "token" and decoding.search.sequences() != [[]] for decoding in done]
-        scored_later = [not known and not decoding.task.fast for decoding, known in zip(done, met, strict=True)]
-        scored = iter(
-            self.score(
-                [decoding.caches for decoding, later in zip(done, scored_later, strict=True) if later],
-                [rows for rows, later in zip(found, scored_later, strict=True) if later],
-            )
-        )
+        met = [decoding.met() for decoding in done]
+        # Fast decoding leaves it at what was met; thorough decoding asks every document about every candidate.
+        unmet = [
+            [] if decoding.task.fast else [row for row in candidates if _key(row) not in of_document]
+            for decoding, candidates, of_decoding in zip(done, found, met, strict=True)
+            for of_document in of_decoding
+        ]
+        caches = [cache for decoding in done for cache in decoding.caches]
+        scored = iter(self._score(caches, unmet))
         answers = []
-        for decoding, candidates, known in zip(done, found, met, strict=True):
-            rows = padded(candidates, self._pad)
-            if known:
-                log_probs_CNT = padded(decoding.token_log_probs(), 0.0).transpose(1, 2)
-            elif decoding.task.fast:
-                log_probs_CNT = self._score_own(decoding, candidates)
-            else:
-                log_probs_CNT = next(scored)
+        for decoding, candidates, of_decoding in zip(done, found, met, strict=True):
+            known = [{**of_document, **next(scored)} for of_document in of_decoding]
+            rows, log_probs_CNT = padded(candidates, self._pad), _table(candidates, known)
             if decoding.task.strategy == "sequence":
                 rows, log_probs_CNT = self._best(decoding.task, rows, log_probs_CNT)
             answers.append(Answers(rows, log_probs_CNT))
@@ -79,36 +75,23 @@ class BartBackend:
         return unique_rows(candidates) if ranked and decoding.task.deduplicate else candidates
 
     def score(self, encoded: Sequence[Sequence[DocumentCache]], answers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        if not answers:
-            return []
-        tries = [Trie.of([row.tolist() for row in rows], self._bart.device) for rows in answers]
-        edges = iter(
-            score(
-                self._bart,
-                [cache for documents in encoded for cache in documents],
-                [trie for trie, documents in zip(tries, encoded, strict=True) for _ in documents],
-            )
-        )
+        asked = [rows for rows, documents in zip(answers, encoded, strict=True) for _ in documents]
+        scored = iter(self._score([cache for documents in encoded for cache in documents], asked))
         return [
-            torch.stack([trie.along_paths(next(edges), trie.longest) for _ in documents], dim=1)
-            for trie, documents in zip(tries, encoded, strict=True)
+            _table(rows, list(islice(scored, len(documents)))) for rows, documents in zip(answers, encoded, strict=True)
         ]
 
-    def _score_own(self, decoding: BartDecoding, rows: Sequence[Tensor]) -> Tensor:
-        """Fast decoding: (C, N, T) as `score`, but p(y|x,z) = 0 where the search over z did not find y."""
-        answers = [tuple(row.tolist()) for row in rows]
-        problems = [[tuple(row.tolist()) for row in problem] for problem in decoding.search.sequences()]
-        found = {document: candidates for document, candidates in enumerate(problems) if candidates}
-        tries = [Trie.of(candidates, self._bart.device) for candidates in found.values()]
-        longest = max(map(len, answers)) - 1
-        log_probs_CNT = torch.full((len(rows), len(problems), longest), -math.inf, device=self._bart.device)
-        edges = score(self._bart, [decoding.caches[document] for document in found], tries) if found else []
-        for document, trie, edges_X in zip(found, tries, edges, strict=True):
-            of_answer = dict(zip(found[document], trie.along_paths(edges_X, longest), strict=True))
-            for at, answer in enumerate(answers):
-                if answer in of_answer:
-                    log_probs_CNT[at, document] = of_answer[answer]
-        return log_probs_CNT
+    def _score(
+        self, documents: Sequence[DocumentCache], answers: Sequence[Sequence[Tensor]]
+    ) -> list[dict[tuple[int, ...], Tensor]]:
+        """For each document log p(y_t | x, z, y_<t) of its answers, (T,) each."""
+        of_documents = [tuple(map(_key, rows)) for rows in answers]
+        tries = {rows: Trie.of(rows, self._bart.device) for rows in of_documents if rows}  # documents may share one
+        asked = [at for at, rows in enumerate(of_documents) if rows]
+        edges = iter(score(self._bart, [documents[at] for at in asked], [tries[of_documents[at]] for at in asked]))
+        return [
+            dict(zip(rows, tries[rows].along_paths(next(edges)), strict=True)) if rows else {} for rows in of_documents
+        ]
 
     def _best(self, task: Task, rows: Tensor, log_probs_CNT: Tensor) -> tuple[Tensor, Tensor]:
         """The candidates that thorough or fast decoding ranks first, as many as were asked for."""
@@ -157,3 +140,19 @@ class BartBackend:
             early_stopping=config.early_stopping,
             **rules,
         )
+
+
+def _key(row: Tensor) -> tuple[int, ...]:
+    return tuple(row.tolist())
+
+
+def _table(answers: Sequence[Tensor], known: Sequence[dict[tuple[int, ...], Tensor]]) -> Tensor:
+    """(C, N, T) of what is known of each answer under each document: 0 behind its end, -inf where nothing is."""
+    longest = max(map(len, answers)) - 1
+    nothing = torch.full((longest,), -math.inf, device=answers[0].device)
+    rows = [
+        pad(found, (0, longest - len(found))) if (found := of_document.get(_key(row))) is not None else nothing
+        for row in answers
+        for of_document in known
+    ]
+    return torch.stack(rows).view(len(answers), len(known), longest)

@@ -1,49 +1,85 @@
-"""What the decoder remembers of one document: cross-attention keys and values, and a tree of decoded nodes.
+"""What the decoder remembers of documents: cross-attention keys and values, and for each a tree of decoded nodes.
 
 Hypotheses about one document share prefixes, so the self-attention cache holds a *tree* of tokens rather than a row a
 hypothesis: each beam step and each scored candidate appends nodes, and a mask says which nodes a new one descends
 from. Nothing is copied when beams are reordered.
+
+Documents that are encoded together lie in one tensor, padded to the longest of them, so that one kernel attends to all
+of them.
+
+Shapes: N documents of a group, S source tokens of the longest, C node positions, H heads, E head.
 """
+
+from collections.abc import Iterator, Sequence
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+MOST_PADDING = 1.5
+"""Padded together, documents may take so many times the room that they take one by one …"""
+FREE_PADDING = 512
+"""… and so many positions more: a kernel's start costs more than these."""
 
-class DocumentCache:
-    """Keys and values of one document, each (H, tokens, E) a layer."""
+
+class Group:
+    """Caches of documents that were encoded together. A document that nobody holds any more leaves it."""
 
     def __init__(
-        self, *, layers: int, heads: int, head_dim: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self,
+        lengths: Sequence[int],
+        *,
+        layers: int,
+        heads: int,
+        head_dim: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.cross: list[Tensor] = []  # a layer: (2, H, S, E), keys and values
+        self.documents: WeakSet[DocumentCache] = WeakSet()
+        # zeros, because what is masked must still be a number
+        self.cross = torch.zeros(layers, 2, len(lengths), heads, max(lengths), head_dim, dtype=dtype, device=device)
+        self.nodes = torch.zeros(layers, 2, len(lengths), heads, capacity, head_dim, dtype=dtype, device=device)
+
+    def reserve(self, nodes: int) -> None:
+        """Makes room for so many nodes of every document."""
+        capacity = self.nodes.shape[4]
+        if nodes > capacity:
+            grown = self.nodes.new_zeros(*self.nodes.shape[:4], max(nodes, 2 * capacity), self.nodes.shape[5])
+            grown[:, :, :, :, :capacity] = self.nodes
+            self.nodes = grown
+
+    def shrink(self) -> None:
+        """Gives the room back of documents that have left, where it is half of the group or more."""
+        if 2 * len(self.documents) > self.cross.shape[2]:
+            return
+        staying = sorted(self.documents, key=lambda document: document.slot)
+        slots = [document.slot for document in staying]
+        self.cross = self.cross[:, :, slots]
+        self.nodes = self.nodes[:, :, slots]
+        for slot, document in enumerate(staying):
+            document.slot = slot
+
+
+class DocumentCache:
+    """One document: its place in a group, ``length`` source tokens and ``size`` nodes."""
+
+    def __init__(self, group: Group, slot: int, length: int) -> None:
+        self.group, self.slot, self.length = group, slot, length
         self.size = 0
-        self._nodes = torch.empty(layers, 2, heads, capacity, head_dim, dtype=dtype, device=device)
+        group.documents.add(self)
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes (H, M, E) behind the nodes there are and returns all; ``size`` is moved after the last layer."""
-        end = self.size + keys.shape[1]
-        if end > self._nodes.shape[3]:
-            grown = self._nodes.new_empty(
-                *self._nodes.shape[:3], max(end, 2 * self._nodes.shape[3]), self._nodes.shape[4]
-            )
-            grown[:, :, :, : self.size] = self._nodes[:, :, :, : self.size]
-            self._nodes = grown
-        held = self._nodes[layer]
-        held[0, :, self.size : end] = keys
-        held[1, :, self.size : end] = values
-        return held[0, :, :end], held[1, :, :end]
-
-    def once(self) -> "OnePass":
-        """The same document for a tree that is run in one pass and not kept."""
-        return OnePass(self.cross)
+    def keep_source(self, layer: int, kv_2HSE: Tensor) -> None:
+        """Takes the cross-attention keys and values of a layer."""
+        self.group.cross[layer, :, self.slot, :, : self.length] = kv_2HSE
 
 
-class OnePass:
-    """In place of a cache where no later pass will read: a tree of candidates that is scored, all at once."""
-
-    def __init__(self, cross: list[Tensor]) -> None:
-        self.cross = cross
-        self.size = 0
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        return keys, values
+def alike(sizes: Sequence[int]) -> Iterator[slice]:
+    """Neighbours that may be padded to the largest of them."""
+    start = largest = total = 0
+    for at, size in enumerate(sizes):
+        largest, total = max(largest, size), total + size
+        if (at + 1 - start) * largest > MOST_PADDING * total + FREE_PADDING:
+            yield slice(start, at)
+            start, largest, total = at, size, size
+    yield slice(start, len(sizes))

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, gelu, layer_norm, linear, scaled_dot_product_attention
+from torch.nn.functional import embedding, gelu, layer_norm, linear
 from transformers import BartForConditionalGeneration
 from transformers.activations import GELUActivation
 
-from generator_svc.engine.cache import DocumentCache, OnePass
+from generator_svc.engine.attention import Rows, attend, length_mask, segments
+from generator_svc.engine.cache import DocumentCache, Group, alike
 
 # Documents that go through the encoder together, on a CPU: enough rows for the products to be at their fastest, few
 # enough that intermediate results stay in caches and in memory that malloc reuses rather than maps anew each time. A
@@ -92,24 +93,15 @@ def _affine(*modules: nn.Linear) -> Affine:
     return Affine(weight, bias)
 
 
-def _attend(q_HME: Tensor, k_HCE: Tensor, v_HCE: Tensor, visible_MC: Tensor | None) -> Tensor:
-    """Attention of one document's rows, (H, M, E)."""
-    if visible_MC is None and q_HME.shape[1] == 1 and q_HME.device.type == "cpu" and q_HME.dtype == torch.bfloat16:
-        # For a single row torch's bfloat16 kernel takes twice as long as the products by themselves.
-        weights_HMC = (torch.bmm(q_HME, k_HCE.transpose(1, 2)).float() * q_HME.shape[2] ** -0.5).softmax(-1)
-        return torch.bmm(weights_HMC.to(q_HME.dtype), v_HCE)
-    return scaled_dot_product_attention(q_HME[None], k_HCE[None], v_HCE[None], attn_mask=visible_MC)[0]
-
-
-def _in_groups(contexts: Sequence[Tensor], tokens: int) -> Iterator[Sequence[Tensor]]:
-    """Neighbours of at most `tokens` tokens together, but one context at least."""
+def _chunks(lengths: Sequence[int], tokens: int) -> Iterator[slice]:
+    """Neighbours of at most `tokens` tokens together, but one at least."""
     start = held = 0
-    for at, context in enumerate(contexts):
-        if held and held + len(context) > tokens:
-            yield contexts[start:at]
+    for at, length in enumerate(lengths):
+        if held and held + length > tokens:
+            yield slice(start, at)
             start, held = at, 0
-        held += len(context)
-    yield contexts[start:]
+        held += length
+    yield slice(start, len(lengths))
 
 
 def _norm(module: nn.LayerNorm) -> Norm:
@@ -179,31 +171,11 @@ class Bart:
             contexts: token ids of each document, (S,) without padding.
             node_capacity: decoder nodes that each document's cache should have room for at first.
         """
-        if self.device.type != "cpu":
-            return self._prefill(contexts, node_capacity)
-        caches: list[DocumentCache] = []
-        for together in _in_groups(contexts, CPU_PREFILL_TOKENS):
-            caches += self._prefill(together, node_capacity)
-        return caches
-
-    def _prefill(self, contexts: Sequence[Tensor], node_capacity: int) -> list[DocumentCache]:
-        lengths = [len(c) for c in contexts]
-        positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])
-        tokens = torch.cat(list(contexts))
-        x_PD = self._embed(tokens, self.encoder_embed, positions, self.encoder_positions, self.encoder_norm)
-        for layer in self.encoder_layers:
-            qkv = layer.qkv(x_PD).view(len(x_PD), 3, self.encoder_heads, -1)
-            attended = torch.empty_like(x_PD)
-            start = 0
-            for n in lengths:
-                q, k, v = qkv[start : start + n].permute(1, 2, 0, 3).unsqueeze(1)  # each [1, H, S, E]
-                out = scaled_dot_product_attention(q, k, v)
-                attended[start : start + n].view(n, self.encoder_heads, -1).copy_(out[0].transpose(0, 1))
-                start += n
-            x_PD = layer.norm(x_PD + layer.out(attended))
-            x_PD = layer.feed_forward(x_PD)
-        caches = [
-            DocumentCache(
+        documents: list[DocumentCache] = []
+        for together in alike([len(context) for context in contexts]):
+            lengths = [len(context) for context in contexts[together]]
+            group = Group(
+                lengths,
                 layers=len(self.decoder_layers),
                 heads=self.heads,
                 head_dim=self.decoder_embed.shape[1] // self.heads,
@@ -211,59 +183,69 @@ class Bart:
                 dtype=self.dtype,
                 device=self.device,
             )
-            for _ in lengths
-        ]
-        for _, cross in self.decoder_layers:
-            kv = cross.kv(x_PD).view(len(x_PD), 2, self.heads, -1).permute(1, 2, 0, 3).contiguous()  # [2,H,P,E]
-            start = 0
-            for cache, n in zip(caches, lengths, strict=True):
-                cache.cross.append(kv[:, :, start : start + n])
-                start += n
-        return caches
+            made = [DocumentCache(group, slot, length) for slot, length in enumerate(lengths)]
+            for chunk in _chunks(lengths, CPU_PREFILL_TOKENS) if self.device.type == "cpu" else [slice(None)]:
+                self._encode(contexts[together][chunk], made[chunk])
+            documents += made
+        return documents
+
+    def _encode(self, contexts: Sequence[Tensor], documents: Sequence[DocumentCache]) -> None:
+        lengths = [len(c) for c in contexts]
+        positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])
+        x_PD = self._embed(
+            torch.cat(list(contexts)), self.encoder_embed, positions, self.encoder_positions, self.encoder_norm
+        )
+        # One document after the other on a CPU, which computes padding as slowly as text.
+        parts = [[n] for n in lengths] if self.device.type == "cpu" else [lengths]
+        rows = [Rows(part, self.device) for part in parts]
+        masks = [length_mask(part, x_PD) for part in parts]
+        for layer in self.encoder_layers:
+            qkv = layer.qkv(x_PD).view(len(x_PD), 3, self.encoder_heads, -1)
+            attended = []
+            for part, of_part, mask in zip(rows, torch.split(qkv, [sum(part) for part in parts]), masks, strict=True):
+                q, k, v = part.padded(of_part).permute(2, 0, 3, 1, 4)
+                attended.append(part.packed(attend(q, k, v, mask).transpose(1, 2)))
+            x_PD = layer.norm(x_PD + layer.out(torch.cat(attended).flatten(1)))
+            x_PD = layer.feed_forward(x_PD)
+        for index, (_, cross) in enumerate(self.decoder_layers):
+            kv = cross.kv(x_PD).view(len(x_PD), 2, self.heads, -1).permute(1, 2, 0, 3)  # (2, H, P, E)
+            for document, of_document in zip(documents, torch.split(kv, lengths, dim=2), strict=True):
+                document.keep_source(index, of_document)
 
     @torch.inference_mode()
     def extend(
         self,
-        caches: Sequence[DocumentCache | OnePass],
+        documents: Sequence[DocumentCache],
         tokens_R: Tensor,
         depths_R: Tensor,
         visible: Sequence[Tensor | None],
+        *,
+        kept: bool = True,
     ) -> Tensor:
-        """Runs the decoder over M new nodes of each document's token tree and appends them to its cache.
+        """Runs the decoder over M new nodes of each document's token tree.
 
         Args:
-            caches: one a document; the rows of document i stand together, in this order.
+            documents: the rows of document i stand together, in this order.
             tokens_R, depths_R: token and depth (the root is 0) of each new node, documents one behind the other.
             visible: for each document (M, C + M) bool, which nodes each new node descends from, itself included;
-                None where it is all of them.
+                None where there is one, and it descends from all.
+            kept: whether the nodes are appended to the cache; if not, C is 0 whatever the cache holds.
 
         Returns: final hidden states (R, D).
         """
         x_RD = self._embed(tokens_R, self.decoder_embed, depths_R, self.decoder_positions, self.decoder_norm)
-        counts = [1 if v is None else v.shape[0] for v in visible]
+        parts = segments(documents, visible, kept=kept)
         for index, (layer, cross) in enumerate(self.decoder_layers):
             qkv = layer.qkv(x_RD).view(len(x_RD), 3, self.heads, -1)
-            attended = torch.empty_like(x_RD)
-            by_head = attended.view(len(x_RD), self.heads, -1)
-            start = 0
-            for cache, n, mask in zip(caches, counts, visible, strict=True):
-                q, k, v = qkv[start : start + n].permute(1, 2, 0, 3)
-                keys, values = cache.append(index, k, v)
-                out = _attend(q, keys, values, mask)
-                by_head[start : start + n].copy_(out.transpose(0, 1))
-                start += n
-            x_RD = layer.norm(x_RD + layer.out(attended))
+            attended = torch.cat([part.attend_to_nodes(index, qkv[rows]) for rows, part in parts])
+            x_RD = layer.norm(x_RD + layer.out(attended.flatten(1)))
             q_RHE = cross.q(x_RD).view(len(x_RD), self.heads, -1)
-            start = 0
-            for cache, n in zip(caches, counts, strict=True):
-                k, v = cache.cross[index]
-                out = _attend(q_RHE[start : start + n].transpose(0, 1), k, v, None)
-                by_head[start : start + n].copy_(out.transpose(0, 1))
-                start += n
-            x_RD = cross.norm(x_RD + cross.out(attended))
+            attended = torch.cat([part.attend_to_source(index, q_RHE[rows]) for rows, part in parts])
+            x_RD = cross.norm(x_RD + cross.out(attended.flatten(1)))
             x_RD = layer.feed_forward(x_RD)
-        for cache, n in zip(caches, counts, strict=True):
-            cache.size += n
+        if kept:
+            for document, mask in zip(documents, visible, strict=True):
+                document.size += 1 if mask is None else len(mask)
         return x_RD
 
     @torch.inference_mode()

@@ -19,9 +19,8 @@ def marginalize(logits_NKV: Tensor, log_prior_N: Tensor) -> Tensor:
 
 
 def document_log_probs(logits_RV: Tensor) -> Tensor:
-    """RAG-Sequence: log p(y_t | x, z, y_<t), (R, V). Overwrites its argument."""
-    logits_RV -= logits_RV.logsumexp(-1, keepdim=True)
-    return logits_RV
+    """RAG-Sequence: log p(y_t | x, z, y_<t), (R, V)."""
+    return logits_RV - logits_RV.logsumexp(-1, keepdim=True)
 
 
 def unique_rows(rows: Sequence[Tensor]) -> list[Tensor]:

@@ -25,11 +25,10 @@ class Search(Protocol):
     parents: Tensor
     """(R,) int64: the row of the same problem, one step before, that each continues."""
 
-    def advance(self, log_probs_RV: Tensor, by_document_NRV: Tensor | None = None) -> None:
+    def advance(self, log_probs_RV: Tensor, by_document_NRV: Tensor) -> None:
         """Takes the log-probabilities of what follows each row (float32), and chooses.
 
-        ``by_document_NRV``: where the rows' log-probabilities come from several documents, those of each, which are
-        kept for every token that is chosen.
+        ``by_document_NRV``: what each document had to do with them, before any rule. It is kept for the tokens chosen.
         """
 
     def single(self) -> Tensor | None:
@@ -67,7 +66,7 @@ class RowSearch:
         self.tokens = torch.full((problems,), start, device=device)
         self.parents = torch.zeros(problems, dtype=torch.int64, device=device)
 
-    def advance(self, log_probs_RV: Tensor, by_document_NRV: Tensor | None = None) -> None:
+    def advance(self, log_probs_RV: Tensor, by_document_NRV: Tensor) -> None:
         if self._history.shape[1] == 1:
             log_probs_RV = log_probs_RV.repeat_interleave(self._samples, 0)
         history = self._history[self._open]
@@ -82,11 +81,7 @@ class RowSearch:
                 probabilities[impossible] = 0.0
                 probabilities[impossible, scores.argmax(-1)[impossible]] = 1.0
             chosen = torch.multinomial(probabilities, 1, generator=self._sampler)[:, 0]
-        if by_document_NRV is not None:
-            rows = torch.arange(len(chosen), device=chosen.device) if self._kept else torch.zeros_like(chosen)
-            kept = by_document_NRV.new_zeros(len(self._history), len(by_document_NRV))
-            kept[self._open] = by_document_NRV[:, rows, chosen].T
-            self._kept.append(kept)
+        self._keep(chosen, by_document_NRV)
         column = self._history.new_full((len(self._history), 1), self._pad)
         column[self._open, 0] = chosen
         self._lengths[self._open] += 1
@@ -101,6 +96,14 @@ class RowSearch:
         self.parents = torch.zeros_like(after) if is_first_step else positions[going] - first_row
         self.tokens = chosen[going]
         self.rows = torch.bincount(after, minlength=self._problems).tolist()
+
+    def _keep(self, chosen: Tensor, by_document_NRV: Tensor) -> None:
+        rows = torch.arange(len(chosen), device=chosen.device)
+        if not self._kept:
+            rows //= self._samples  # all samples of a problem come of one row
+        kept = by_document_NRV.new_zeros(len(self._history), len(by_document_NRV))
+        kept[self._open] = by_document_NRV[:, rows, chosen].T
+        self._kept.append(kept)
 
     def single(self) -> Tensor | None:
         return self._history[0] if len(self._history) == 1 else None
@@ -151,14 +154,14 @@ class BeamSearch:
         self._is_done = torch.zeros(shape, dtype=torch.bool, device=device)
         self._going = torch.arange(problems, device=device)  # problems of which the tensors above hold state
         self._results: list[list[Tensor]] = [[]] * problems
-        # beside _open and _done (G, K, max_length, N); N is 0 where nothing is kept
-        self._open_kept = self._done_kept = torch.empty(*shape, max_length, 0, device=device)
+        # beside _open and _done: (G, K, max_length, N)
+        self._open_kept = self._done_kept = torch.empty(0, device=device)
         self._results_kept: list[list[Tensor]] = [[]] * problems
         self.rows = [1] * problems
         self.tokens = torch.full((problems,), start, device=device)
         self.parents = torch.zeros(problems, dtype=torch.int64, device=device)
 
-    def advance(self, log_probs_RV: Tensor, by_document_NRV: Tensor | None = None) -> None:
+    def advance(self, log_probs_RV: Tensor, by_document_NRV: Tensor) -> None:
         beams, length, vocabulary = self._beams, self._length, log_probs_RV.shape[1]
         if length == 1:
             log_probs_RV = log_probs_RV.repeat_interleave(beams, 0)
@@ -185,14 +188,11 @@ class BeamSearch:
         self.parents = (parents.gather(1, kept) if length > 1 else torch.zeros_like(kept))[going].flatten()
         self.tokens = self._open[:, :, length].flatten()
 
-    def _kept_of(self, parents: Tensor, tokens: Tensor, by_document_NRV: Tensor | None) -> Tensor:
+    def _kept_of(self, parents: Tensor, tokens: Tensor, by_document_NRV: Tensor) -> Tensor:
         """What is kept of the candidates: (G, candidates, max_length, N)."""
-        if by_document_NRV is None:
-            return _take(self._open_kept, parents)
         if self._length == 1:
-            shape = (*self._open_kept.shape[:3], len(by_document_NRV))
-            self._open_kept = by_document_NRV.new_zeros(shape)
-            self._done_kept = self._open_kept.clone()
+            self._open_kept = by_document_NRV.new_zeros(*self._open.shape, len(by_document_NRV))
+            self._done_kept = self._open_kept
         problems = torch.arange(len(parents), device=parents.device)[:, None]
         rows = problems.expand_as(parents) if self._length == 1 else problems * self._beams + parents
         kept = _take(self._open_kept, parents)

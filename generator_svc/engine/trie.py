@@ -55,14 +55,7 @@ class Trie:
             paths=paths,
         )
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest candidate, the start token not counted."""
-        return max(map(len, self.paths))
-
-    def along_paths(self, edges_X: Tensor, width: int) -> Tensor:
-        """What the edges hold, token by token of each candidate: (C, width), 0 behind its end."""
-        along_CT = edges_X.new_zeros(len(self.paths), width)
-        for candidate, path in enumerate(self.paths):
-            along_CT[candidate, : len(path)] = edges_X[path]
-        return along_CT
+    def along_paths(self, edges_X: Tensor) -> tuple[Tensor, ...]:
+        """What the edges hold, for each candidate token by token: (T,)"""
+        edges = torch.tensor([edge for path in self.paths for edge in path], device=edges_X.device)
+        return torch.split(edges_X[edges], [len(path) for path in self.paths])

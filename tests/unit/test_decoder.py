@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import RagTokenForGeneration
 
 from generator_svc.engine import Evidence, RagEngine
+from generator_svc.engine.cache import DocumentCache
 from generator_svc.engine.decoder import Bart
 from generator_svc.engine.decoding import score
 from generator_svc.engine.trie import Trie
@@ -48,8 +50,31 @@ def test_a_trie_scores_candidates_as_transformers_does_one_by_one(
     bart, trie = Bart(model.generator), Trie.of(candidates, CPU)
     edges = score(bart, bart.prefill(contexts, 4), [trie] * len(contexts))
     for found_X, of_document in zip(edges, expected, strict=True):
-        for row, want in zip(trie.along_paths(found_X, trie.longest).tolist(), of_document, strict=True):
-            assert row[: len(want)] == pytest.approx(want, abs=1e-5)
+        for row, want in zip(trie.along_paths(found_X), of_document, strict=True):
+            assert row.tolist() == pytest.approx(want, abs=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(1, 20), min_size=2, max_size=6), data=st.data())
+def test_documents_that_leave_give_their_room_back_and_change_nothing(lengths: list[int], data: st.DataObject) -> None:
+    bart = Bart(tiny_model().generator)
+    vocabulary = bart.vocab_size
+    contexts = [torch.randint(3, vocabulary, (length,)) for length in lengths]
+    staying = sorted(data.draw(st.sets(st.integers(0, len(lengths) - 1), min_size=1)))
+
+    def grow(documents: Sequence[DocumentCache], depth: int) -> Tensor:
+        tokens, depths = torch.full((len(documents),), 3 + depth), torch.full((len(documents),), depth)
+        return bart.extend(documents, tokens, depths, [None] * len(documents))
+
+    documents = bart.prefill(contexts, 4)
+    grow(documents, 0)
+    alone = bart.prefill([contexts[at] for at in staying], 4)
+    grow(alone, 0)
+    group = documents[0].group
+    documents = [documents[at] for at in staying]
+    group.shrink()
+    assert group.cross.shape[2] == (len(staying) if 2 * len(staying) <= len(lengths) else len(lengths))
+    torch.testing.assert_close(grow(documents, 1), grow(alone, 1), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["token", "sequence"])

@@ -53,7 +53,8 @@ class Tree:
                 at += count
                 self.rows[problem] = grown
                 log_probs += [following(names[problem], history) for history in grown]
-            self.search.advance(torch.stack(log_probs))
+            rows = torch.stack(log_probs)
+            self.search.advance(rows, rows[None])
         return [[row.tolist() for row in found] for found in self.search.sequences()]
 
 
@@ -102,7 +103,7 @@ def test_more_beams_than_tokens_are_no_more_answers_than_there_are() -> None:
 def test_samples_follow_the_distribution() -> None:
     drawn = rows(1, 20_000, seed=1, max_length=2)
     log_probs = following(1, [START])
-    drawn.advance(log_probs[None])
+    drawn.advance(log_probs[None], log_probs[None, None])
     counts = torch.bincount(torch.stack([row[1] for row in drawn.sequences()[0]]), minlength=VOCABULARY)
     expected = log_probs.exp() * 20_000
     chi_square = ((counts - expected) ** 2 / expected).sum().item()
@@ -111,18 +112,20 @@ def test_samples_follow_the_distribution() -> None:
 
 def test_samples_of_a_row_that_has_ended_cost_nothing_more() -> None:
     search = rows(1, 3, seed=0)
-    search.advance(torch.full((1, VOCABULARY), 0.0))
+    search.advance(torch.zeros(1, VOCABULARY), torch.zeros(1, 1, VOCABULARY))
     while any(search.rows):
         assert sum(search.rows) == len(search.tokens) == len(search.parents)
         assert EOS not in search.tokens
-        search.advance(torch.zeros(sum(search.rows), VOCABULARY))
+        log_probs = torch.zeros(sum(search.rows), VOCABULARY)
+        search.advance(log_probs, log_probs[None])
     assert all(len(row) == 4 or row[-1] == EOS for row in search.sequences()[0])
 
 
 def test_a_sampled_row_that_may_say_nothing_does_not_end_the_others() -> None:
     """transformers' sampling crashes there, and a step is shared by many questions."""
     search = rows(2, 1, seed=0)
-    search.advance(torch.stack([torch.full((VOCABULARY,), -math.inf), following(1, [START])]))
+    log_probs = torch.stack([torch.full((VOCABULARY,), -math.inf), following(1, [START])])
+    search.advance(log_probs, log_probs[None])
     assert sum(len(found) for found in search.sequences()) == 2
 
 

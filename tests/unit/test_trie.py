@@ -17,16 +17,15 @@ def test_a_shared_prefix_is_one_path_and_the_last_token_is_no_node() -> None:
     assert trie.tokens.tolist() == [9, 5, 6, 7]
     assert trie.depths.tolist() == [0, 1, 2, 2]
     assert trie.visible.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
-    assert trie.longest == 3
+    assert [len(path) for path in trie.paths] == [3, 3, 1]
 
 
 @given(candidate_lists)
 def test_every_candidate_is_read_back_from_its_path(candidates: list[list[int]]) -> None:
     trie = Trie.of(candidates, CPU)
-    tokens_CT = trie.along_paths(trie.edge_tokens, trie.longest)
-    for candidate, path, tokens in zip(candidates, trie.paths, tokens_CT.tolist(), strict=True):
-        assert tokens[: len(path)] == candidate[1:]
-        assert tokens[len(path) :] == [0] * (trie.longest - len(path))
+    along = trie.along_paths(trie.edge_tokens)
+    for candidate, path, tokens in zip(candidates, trie.paths, along, strict=True):
+        assert tokens.tolist() == candidate[1:]
         for position, edge in enumerate(path):
             node = int(trie.edge_nodes[edge])
             prefix = trie.tokens[trie.visible[node]].tolist()  # ancestors come before their descendants

@@ -1,0 +1,153 @@
+"""Attention of many documents' rows at once.
+
+Rows are packed: the linear layers see no padding. Attention pads them again, and neighbouring documents of one group
+go through one kernel together.
+
+Shapes: R packed rows, N documents of a segment, M rows of the one that has most, W nodes that a row may see, S source
+tokens, H heads, E head.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from generator_svc.engine.cache import DocumentCache, alike
+
+
+class Rows:
+    """The rows of neighbouring documents, ``counts`` of each, packed or padded."""
+
+    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
+        self.shape = (len(counts), max(counts))
+        self._places: Tensor | None = None
+        if min(counts) != max(counts):
+            self._places = torch.cat([torch.arange(n) + i * self.shape[1] for i, n in enumerate(counts)]).to(device)
+
+    def padded(self, packed: Tensor) -> Tensor:
+        """(R, …) as (N, M, …)"""
+        if self._places is None:
+            return packed.view(*self.shape, *packed.shape[1:])
+        flat = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
+        return flat.index_copy_(0, self._places, packed).view(*self.shape, *packed.shape[1:])
+
+    def packed(self, padded: Tensor) -> Tensor:
+        """(N, M, …) as (R, …)"""
+        flat = padded.flatten(0, 1)
+        return flat if self._places is None else flat[self._places]
+
+
+def attend(q_NHME: Tensor, k_NHSE: Tensor, v_NHSE: Tensor, mask: Tensor | None) -> Tensor:
+    """(N, H, M, E). ``mask``: 0 or -inf, to be added."""
+    if q_NHME.shape[2] == 1 and q_NHME.device.type == "cpu":
+        # torch's kernel for CPUs is made for many rows: for one it takes two (float32) to six (bfloat16) times as long
+        scores = torch.matmul(q_NHME, k_NHSE.transpose(2, 3)).float() * q_NHME.shape[3] ** -0.5
+        weights = (scores if mask is None else scores + mask).softmax(-1)
+        return torch.matmul(weights.to(v_NHSE.dtype), v_NHSE)
+    return scaled_dot_product_attention(q_NHME, k_NHSE, v_NHSE, attn_mask=mask)
+
+
+def length_mask(lengths: Sequence[int], like: Tensor) -> Tensor | None:
+    """(N, 1, 1, S), what of the padded positions is there; None where all is."""
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return None
+    ends = torch.tensor(lengths, device=like.device)
+    hidden = torch.arange(longest, device=like.device) >= ends[:, None]
+    return like.new_zeros(len(lengths), 1, 1, longest).masked_fill_(hidden[:, None, None], -torch.inf)
+
+
+class Segment:
+    """Neighbouring documents of one group, and the new nodes of their trees.
+
+    Args:
+        documents: in the order of their slots, without a gap.
+        counts: new nodes of each.
+        visible: for each (count, size + count) bool, which nodes each new node descends from, itself included; None
+            where it is all of them.
+        kept: whether the nodes stay in the cache; if not, they see only each other.
+    """
+
+    def __init__(
+        self, documents: Sequence[DocumentCache], counts: Sequence[int], visible: Sequence[Tensor | None], kept: bool
+    ) -> None:
+        self._group, self._kept = documents[0].group, kept
+        self._slots = slice(documents[0].slot, documents[-1].slot + 1)
+        like = self._group.cross
+        self._rows = Rows(counts, like.device)
+        self._source = max(document.length for document in documents)
+        self._source_mask = length_mask([document.length for document in documents], like)
+        seen = [(document.size if kept else 0) + n for document, n in zip(documents, counts, strict=True)]
+        self._seen = max(seen)
+        self._mask = self._node_mask(seen, visible, like)
+        if kept:
+            self._group.reserve(self._seen)
+            places = [(d.slot, d.size + i) for d, n in zip(documents, counts, strict=True) for i in range(n)]
+            self._places = torch.tensor(places, device=like.device).T
+
+    def _node_mask(self, seen: Sequence[int], visible: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
+        """(N, 1, M, W)"""
+        if min(seen) == self._seen and all(v is None for v in visible):
+            return None
+        mask = like.new_full((*self._rows.shape, self._seen), -torch.inf)
+        start = 0
+        for _, equal in itertools.groupby(zip(visible, seen, strict=True), key=lambda pair: (id(pair[0]), pair[1])):
+            same = list(equal)
+            (seen_here, width), end = same[0], start + len(same)
+            if seen_here is None:
+                mask[start:end, :, :width] = 0.0
+            else:
+                mask[start:end, : len(seen_here), :width].masked_fill_(seen_here, 0.0)
+                mask[start:end, len(seen_here) :] = 0.0  # rows that are padding: any number will do, but a number
+            start = end
+        return mask.unsqueeze(1)
+
+    def attend_to_nodes(self, layer: int, qkv_R3HE: Tensor) -> Tensor:
+        """Self-attention, (R, H, E), of the new nodes, which are appended."""
+        if not self._kept:
+            q, k, v = self._rows.padded(qkv_R3HE).permute(2, 0, 3, 1, 4)
+            return self._packed(attend(q, k, v, self._mask))
+        keys, values = self._group.nodes[layer]
+        slots, positions = self._places
+        keys[slots, :, positions] = qkv_R3HE[:, 1]
+        values[slots, :, positions] = qkv_R3HE[:, 2]
+        seen = (self._slots, slice(None), slice(self._seen))
+        return self._packed(attend(self._by_head(qkv_R3HE[:, 0]), keys[seen], values[seen], self._mask))
+
+    def attend_to_source(self, layer: int, q_RHE: Tensor) -> Tensor:
+        """Cross-attention, (R, H, E)."""
+        keys, values = self._group.cross[layer, :, self._slots, :, : self._source]
+        return self._packed(attend(self._by_head(q_RHE), keys, values, self._source_mask))
+
+    def _by_head(self, rows_RHE: Tensor) -> Tensor:
+        return self._rows.padded(rows_RHE).transpose(1, 2)
+
+    def _packed(self, attended_NHME: Tensor) -> Tensor:
+        return self._rows.packed(attended_NHME.transpose(1, 2))
+
+
+def segments(
+    documents: Sequence[DocumentCache], visible: Sequence[Tensor | None], *, kept: bool
+) -> list[tuple[slice, Segment]]:
+    """The documents' rows, packed one document behind the other, and who attends to them together."""
+    counts = [1 if v is None else len(v) for v in visible]
+    starts = [0, *itertools.accumulate(counts)]
+    found = []
+    for run in _runs(documents):
+        for part in alike([max(n, d.length) for n, d in zip(counts[run], documents[run], strict=True)]):
+            at = slice(run.start + part.start, run.start + part.stop)
+            segment = Segment(documents[at], counts[at], visible[at], kept)
+            found.append((slice(starts[at.start], starts[at.stop]), segment))
+    return found
+
+
+def _runs(documents: Sequence[DocumentCache]) -> list[slice]:
+    """Neighbours in one group, slot by slot."""
+    breaks = [
+        at
+        for at, (left, right) in enumerate(itertools.pairwise(documents), start=1)
+        if right.group is not left.group or right.slot != left.slot + 1
+    ]
+    return [slice(start, end) for start, end in itertools.pairwise([0, *breaks, len(documents)])]
