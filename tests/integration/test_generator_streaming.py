@@ -23,7 +23,7 @@ PASSAGES = [
     {"id": 7, "title": "Paris", "text": "Paris has 2138551 inhabitants.", "score": 1.5},
     {"title": "Seine", "text": "It lies on the Seine.", "score": 0.5},
 ]
-# Many steps over many documents: seconds of decoding, after an instant of everything else.
+# Many steps over many documents: decoding that lasts, after an instant of everything else.
 LONG = {"passages": PASSAGES * 20, "min_new_tokens": 150, "max_new_tokens": 150}
 NEVER_REACHED = "http://127.0.0.1:9"
 Events = list[tuple[str, dict[str, Any]]]
@@ -190,9 +190,9 @@ async def test_a_failure_after_the_first_event_is_an_error_event(tmp_path: Path)
 
 
 async def test_a_deadline_that_passes_while_decoding_is_a_504_or_an_error_event(http: httpx.AsyncClient) -> None:
-    plain = await http.post("/v1/answer", json=ask(**LONG, timeout_ms=250))
+    plain = await http.post("/v1/answer", json=ask(**LONG, num_beams=8, timeout_ms=250))
     assert (plain.status_code, plain.json()["error"]["code"]) == (504, "deadline_exceeded")
-    (first, _), *_, (last, error) = await streamed(http, **LONG, timeout_ms=250)
+    (first, _), *_, (last, error) = await streamed(http, **LONG, num_beams=8, timeout_ms=250)
     assert (first, last) == ("documents", "error")
     assert error["error"]["code"] == "deadline_exceeded"
     await until_nothing_runs(http)
