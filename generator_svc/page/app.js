@@ -1,7 +1,7 @@
 // The page's state: one question at a time, which can be stopped; the options; the address, which holds the question.
 
 import { ask, info, readiness } from "./api.js";
-import { renderError, renderResult } from "./view.js";
+import { renderDraft, renderError, renderResult } from "./view.js";
 
 const EXAMPLES = ["How many people live in Paris?", "What is the capital of Kenya?", "What is the symbol of gold?", "Which language is spoken in Brazil?", "How many people live in Narnia?"];
 const POLL_MS = 5000;
@@ -12,7 +12,7 @@ const { question, strategy, n_docs, num_beams, num_return_sequences, min_probabi
 let running = null; // AbortController of the request in flight
 
 function requestBody() {
-  const body = { question: question.value, num_beams: Number(num_beams.value) || 1 };
+  const body = { question: question.value, num_beams: Number(num_beams.value) || 1, provenance: "token" };
   const answers = Number(num_return_sequences.value) || 1;
   if (answers > 1) body.num_return_sequences = answers;
   if (strategy.value) body.strategy = strategy.value;
@@ -30,6 +30,7 @@ function asCurl(body) {
 
 function setBusy(busy) {
   find("busy").hidden = !busy;
+  find("stage").textContent = "Retrieving …";
   find("submit").textContent = busy ? "Stop" : "Ask";
   find("result").setAttribute("aria-busy", String(busy));
 }
@@ -52,10 +53,21 @@ async function submit() {
   setBusy(true);
   history.replaceState(null, "", `?q=${encodeURIComponent(body.question)}`);
   try {
-    const response = await ask(body, api_key.value, controller.signal);
-    const context = { curl: asCurl(body), elapsed: performance.now() - began, threshold: body.min_probability ?? 0 };
-    find("result").replaceChildren(renderResult(response, context));
-    announce(`Answer: ${find("result").querySelector("h2").textContent}`);
+    let write;
+    for await (const [event, data] of ask(body, api_key.value, controller.signal)) {
+      if (event === "documents") {
+        const draft = renderDraft(body.question, data.documents);
+        write = draft.write;
+        find("result").replaceChildren(draft.fragment);
+        find("stage").textContent = "Reading …";
+      } else if (event === "token") {
+        write(data.text);
+      } else if (event === "answer") {
+        const context = { curl: asCurl(body), elapsed: performance.now() - began, threshold: body.min_probability ?? 0 };
+        find("result").replaceChildren(renderResult(data, context));
+        announce(`Answer: ${find("result").querySelector("h2").textContent}`);
+      }
+    }
   } catch (error) {
     find("result").replaceChildren();
     announce(""); // the error is an alert, which announces itself

@@ -32,13 +32,25 @@ export function renderError(error, onRetry) {
   return fragment;
 }
 
+// What is known before the answer is: the passages, and the text as far as it is written.
+export function renderDraft(question, documents) {
+  const { fragment, slot } = fill("result-template");
+  slot("question").textContent = question;
+  const text = slot("text");
+  text.classList.add("draft");
+  for (const name of ["probability-row", "note", "tokens-row", "alternatives", "timings", "command"]) slot(name).remove();
+  renderPassages(slot("passages"), documents)(null);
+  return { fragment, write: (piece) => text.append(piece) };
+}
+
 export function renderResult(response, { curl, elapsed, threshold }) {
   const result = response.results[0];
   const { fragment, slot } = fill("result-template");
   slot("question").textContent = result.question;
-  const show = renderPassages(slot("passages"), result);
+  const show = renderPassages(slot("passages"), result.documents);
   const bar = fragment.querySelector(".bar.probability");
   const parts = { text: slot("text"), probability: slot("probability"), note: slot("note") };
+  const showTokens = renderTokens(slot, show);
   const choose = (answer) => {
     parts.text.textContent = answer.text;
     parts.probability.textContent = percent(answer.probability);
@@ -46,6 +58,7 @@ export function renderResult(response, { curl, elapsed, threshold }) {
     parts.note.textContent = unsure ? "More likely wrong than right: the passages may not hold the answer." : "";
     setBar(bar, answer.probability);
     show(answer);
+    showTokens(answer);
   };
   if (result.answers.length > 0) {
     choose(result.answers[0]);
@@ -53,6 +66,7 @@ export function renderResult(response, { curl, elapsed, threshold }) {
     parts.text.textContent = "I do not know.";
     parts.note.textContent = `No answer reaches a probability of ${Math.round(100 * threshold)} %. These passages came nearest to the question:`;
     slot("probability-row").remove();
+    slot("tokens-row").remove();
     show(null);
   }
   renderAlternatives(slot("alternatives"), result.answers, choose);
@@ -84,8 +98,54 @@ function renderAlternatives(fieldset, answers, choose) {
   });
 }
 
+// Returns a function that shows an answer's tokens. The one that is pointed at or has the focus shows its own evidence;
+// one of them is in the tab order, and the arrow keys move among them.
+function renderTokens(slot, show) {
+  const [toolbar, line, given] = [slot("tokens"), slot("token"), slot("given")];
+  return (answer) => {
+    const whole = () => {
+      line.textContent = "\u00a0"; // keeps its height
+      given.textContent = "the answer";
+      buttons.forEach((button) => button.classList.remove("shown"));
+      show(answer);
+    };
+    const buttons = answer.tokens.map((token, n) => {
+      const button = document.createElement("button");
+      const share = Math.exp(token.log_prob);
+      button.type = "button";
+      button.className = "token";
+      button.tabIndex = n === 0 ? 0 : -1;
+      button.textContent = token.text;
+      button.style.setProperty("--sure", `${Math.round(100 * share)}%`);
+      const showToken = () => {
+        whole();
+        button.classList.add("shown");
+        line.textContent = `“${token.text.trim()}” has a probability of ${percent(share)}. The bars show how the passages stand after it.`;
+        given.textContent = `the answer up to “${token.text.trim()}”`;
+        show(answer, token.doc_posterior);
+      };
+      button.addEventListener("focus", showToken);
+      button.addEventListener("blur", whole);
+      button.addEventListener("pointerenter", showToken);
+      button.addEventListener("pointerleave", () => (toolbar.contains(document.activeElement) ? document.activeElement.dispatchEvent(new Event("focus")) : whole()));
+      return button;
+    });
+    toolbar.onkeydown = (event) => {
+      const at = buttons.indexOf(document.activeElement);
+      const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: buttons.length - 1 }[event.key];
+      if (event.key === "Escape") document.activeElement.blur();
+      if (to === undefined || !buttons[to]) return;
+      event.preventDefault();
+      buttons.forEach((button, n) => (button.tabIndex = n === to ? 0 : -1));
+      buttons[to].focus();
+    };
+    toolbar.replaceChildren(...buttons);
+    whole();
+  };
+}
+
 // Adds the passages to `list`; returns a function that shows the evidence for one answer (null: none was given).
-function renderPassages(list, { documents }) {
+function renderPassages(list, documents) {
   const cards = documents.map((document, n) => {
     const { fragment, slot } = fill("passage-template");
     const card = {
@@ -104,8 +164,7 @@ function renderPassages(list, { documents }) {
     list.append(fragment);
     return card;
   });
-  return (answer) => {
-    const posterior = answer?.doc_posterior;
+  return (answer, posterior = answer?.doc_posterior) => {
     const best = posterior ? posterior.indexOf(Math.max(...posterior)) : -1;
     cards.forEach((card, n) => {
       card.text.replaceChildren(...marked(card.document.text, answer?.text));

@@ -1,10 +1,14 @@
 """The page in a headless Chromium, over the two real services. Screenshots are kept under the test's folder."""
 
+import itertools
+import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
@@ -16,6 +20,13 @@ ANSWER_WITHIN_MS = 30_000
 WATCH_POLICY = """
 window.violations = [];
 document.addEventListener("securitypolicyviolation", (event) => window.violations.push(event.violatedDirective));
+"""
+WATCH_ANSWER = """
+window.seen = [];
+new MutationObserver(() => {
+    const text = document.querySelector("#result h2")?.textContent;
+    if (text !== undefined && text !== window.seen.at(-1)) window.seen.push(text);
+}).observe(document.getElementById("result"), { childList: true, subtree: true, characterData: true });
 """
 
 
@@ -39,7 +50,7 @@ class Opened:
         self.page.keyboard.press("Enter")
 
     def wait_for_answer(self) -> None:
-        self.page.locator(".answer").wait_for(timeout=ANSWER_WITHIN_MS)
+        self.page.locator('#result[aria-busy="false"] .answer').wait_for(timeout=ANSWER_WITHIN_MS)
 
 
 @pytest.fixture
@@ -70,6 +81,12 @@ def shares(opened: Opened) -> list[float]:
     return [float(card.get_attribute("data-posterior") or "nan") for card in cards]
 
 
+def answer_with(page: Page, *events: tuple[str, Any]) -> None:
+    """From now on the page's questions are answered with these."""
+    body = "".join(f"event: {name}\ndata: {json.dumps(data)}\n\n" for name, data in events)
+    page.route("**/v1/answer", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+
+
 @pytest.mark.parametrize(
     ("name", "look"),
     [
@@ -87,7 +104,7 @@ def test_a_question_typed_on_the_keyboard_shows_its_answer_and_the_evidence(
     page = opened.page
     opened.shot(name)
     expect(page.locator(".answer h2")).to_have_text(paris)
-    expect(page.locator("[aria-live]")).to_have_text(f"Answer: {paris}")
+    expect(page.locator("#announcement")).to_have_text(f"Answer: {paris}")
     best = page.locator(".passage.best")
     expect(best).to_have_count(1)
     expect(best.locator("h4")).to_contain_text("Paris")
@@ -186,6 +203,67 @@ def test_a_question_in_flight_can_be_stopped(opened: Opened) -> None:
     unanswered[0].abort()
 
 
+def test_the_answer_appears_as_it_is_written(opened: Opened, paris: str) -> None:
+    opened.page.evaluate(WATCH_ANSWER)
+    opened.ask(QUESTION)
+    opened.wait_for_answer()
+    seen = opened.page.evaluate("window.seen")
+    written = [text for text in seen if text]
+    assert seen[0] == "", "the passages were there before the answer"
+    assert len(written) >= 2
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(written))
+    assert written[-1] == paris
+
+
+def test_what_goes_wrong_while_the_answer_is_written_is_reported(opened: Opened) -> None:
+    page = opened.page
+    begun = [("documents", {"documents": []}), ("token", {"text": "half an ans"})]
+    error = {"type": "timeout", "code": "deadline_exceeded", "message": "It took too long.", "retryable": True}
+    answer_with(page, *begun, ("error", {"error": {**error, "param": None, "request_id": "abc"}}))
+    opened.ask(QUESTION)
+    expect(page.get_by_role("alert")).to_contain_text("It took too long.")
+    expect(page.get_by_role("alert")).to_contain_text("request abc")
+    expect(page.locator(".answer")).to_have_count(0)
+    page.unroute("**/v1/answer")
+    answer_with(page, *begun)
+    page.get_by_role("button", name="Try again").click()
+    expect(page.get_by_role("alert")).to_contain_text("broke off")
+
+
+def test_every_token_shows_where_it_came_from(opened: Opened, up: Up) -> None:
+    page = opened.page
+    opened.ask(QUESTION)
+    opened.wait_for_answer()
+    response = httpx.post(f"{up.url}/v1/answer", json={"question": QUESTION, "provenance": "token"}, timeout=60)
+    (answer,) = response.json()["results"][0]["answers"]
+    tokens = page.get_by_role("toolbar", name="Tokens of the answer").get_by_role("button")
+    expect(tokens).to_have_count(len(answer["tokens"]))
+    assert len(answer["tokens"]) >= 2
+    whole = pytest.approx(answer["doc_posterior"], abs=1e-4)
+    assert shares(opened) == whole
+
+    tokens.first.focus()
+    for token in answer["tokens"]:
+        focused = page.locator(".token:focus")
+        expect(focused).to_have_text(token["text"], use_inner_text=False)
+        assert shares(opened) == pytest.approx(token["doc_posterior"], abs=1e-4)
+        share = math.exp(token["log_prob"])
+        expect(page.locator("[data-slot=token]")).to_contain_text(
+            "> 99.9 %" if share > 0.999 else f"probability of {100 * share:.1f} %"
+        )
+        page.keyboard.press("ArrowRight")
+    opened.shot("token")
+    page.keyboard.press("Home")
+    assert shares(opened) == pytest.approx(answer["tokens"][0]["doc_posterior"], abs=1e-4)
+    page.keyboard.press("Escape")
+    assert shares(opened) == whole
+
+    tokens.nth(1).hover()
+    assert shares(opened) == pytest.approx(answer["tokens"][1]["doc_posterior"], abs=1e-4)
+    page.mouse.move(0, 0)
+    assert shares(opened) == whole
+
+
 def test_the_address_holds_the_question(opened: Opened, up: Up, paris: str) -> None:
     opened.ask(QUESTION)
     opened.wait_for_answer()
@@ -196,21 +274,20 @@ def test_the_address_holds_the_question(opened: Opened, up: Up, paris: str) -> N
 
 def test_passages_are_shown_as_text_whatever_they_hold(opened: Opened) -> None:
     hostile = "<img src=x onerror=alert(1)><b>bold</b>"
+    document = {"id": 1, "title": hostile, "text": hostile, "score": 1, "prior": 1, "truncated": True}
+    token = {"text": hostile, "log_prob": 0, "doc_posterior": [1]}
+    answer = {"text": hostile, "log_prob": 0, "probability": 1, "doc_posterior": [1], "tokens": [token]}
     body = {
         "model": "m",
         "strategy": "token",
         "results": [
-            {
-                "question": hostile,
-                "answers": [{"text": hostile, "log_prob": 0, "probability": 1, "doc_posterior": [1]}],
-                "abstained": False,
-                "documents": [{"id": 1, "title": hostile, "text": hostile, "score": 1, "prior": 1, "truncated": True}],
-            }
+            {"question": hostile, "answers": [answer], "abstained": False, "documents": [document]},
         ],
         "index": None,
         "timings_ms": {hostile: 1},
     }
-    opened.page.route("**/v1/answer", lambda route: route.fulfill(json=body))
+    draft = [("documents", {"documents": [document]}), ("token", {"text": hostile})]
+    answer_with(opened.page, *draft, ("answer", body))
     opened.ask("anything")
     opened.wait_for_answer()
     expect(opened.page.locator(".answer h2")).to_have_text(hostile)
