@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test test-fast check lint docs demo-model bench bench-engine parity gpu-check clean browser
+.PHONY: help setup setup-dev run test test-fast check lint docs demo-model bench bench-engine bench-serve parity gpu-check clean browser
 
 PYTHON ?= python3
 VENV   := .venv
@@ -55,6 +55,9 @@ bench: setup-dev  ## compare the services with transformers' own RAG, on the dem
 
 bench-engine: setup-dev  ## compare the decode engine with transformers' generation (hours; BENCH=--quick: 8 minutes)
 	@$(BIN)/python -m benchmarks.engine $(BENCH)
+
+bench-serve: setup-dev  ## load both services at rising rates, beside transformers behind FastAPI (BENCH=--quick: 4 minutes)
+	@$(BIN)/python -W ignore -m benchmarks.serve $(BENCH)
 
 parity: setup-dev  ## compare token ids with transformers' on N random models, inputs and options (N=500)
 	@$(BIN)/python -W ignore -m tests.parity $(or $(N),500)
