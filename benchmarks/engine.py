@@ -24,6 +24,7 @@ from rich.table import Table
 from benchmarks.device_share import DeviceShare, device_share
 from benchmarks.machine import describe
 from benchmarks.models import SHAPES
+from benchmarks.precision import Precision, precisions
 from benchmarks.sides import N_DOCS, NEW_TOKENS, Cell, Measured, Setup, measure_in_turns, started
 
 RESULTS = Path(__file__).parent / "results"
@@ -158,6 +159,19 @@ def share_table(shares: Sequence[DeviceShare]) -> Table:
     return table
 
 
+def precision_table(rows: Sequence[Precision]) -> Table:
+    table = Table(
+        title=f"the demo's {rows[0].questions} held-out questions in each precision",
+        caption="equal: the text of float32's answer; gap: mean difference of its log-probability.",
+    )
+    for name in ("dtype", "head", "exact match", "equal", "gap", "seconds"):
+        table.add_column(name, justify="left" if name in {"dtype", "head"} else "right")
+    for row in rows:
+        shares = (f"{row.exact_match:.1%}", f"{row.equal:.1%}", f"{row.log_prob_gap:.4f}", f"{row.seconds:.1f}")
+        table.add_row(row.dtype, row.strategy, *shares)
+    return table
+
+
 def parsed(given: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="base shape and batch 4 only: about eight minutes")
@@ -195,7 +209,8 @@ def main() -> None:
             f"{row.transformers_s:.2f} s → {row.ours_s:.2f} s, {row.ratio:.1f} times",
             highlight=False,
         )
-    console.print(table_of(rows), share_table(shares))
+    of_demo = precisions(arguments.dtype, arguments.device)
+    console.print(table_of(rows), share_table(shares), precision_table(of_demo))
     made = datetime.now(UTC)
     kind = arguments.device.partition(":")[0]
     output = arguments.output or RESULTS / f"engine_{kind}_{made:%Y%m%d-%H%M}.json"
@@ -207,6 +222,7 @@ def main() -> None:
         "new_tokens": NEW_TOKENS,
         "rows": [asdict(row) for row in rows],
         "device_share": [asdict(share) for share in shares],
+        "precision": [asdict(row) for row in of_demo],
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2) + "\n")

@@ -39,13 +39,21 @@ class Answer:
 class DemoRag:
     """Exact search over the shipped embeddings, and the generator's own engine."""
 
-    def __init__(self, checkpoint: Path = CHECKPOINT, passages: Path = PASSAGES, *, n_docs: int = 5) -> None:
-        """Load both.
+    def __init__(
+        self,
+        checkpoint: Path = CHECKPOINT,
+        passages: Path = PASSAGES,
+        *,
+        n_docs: int = 5,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> None:
+        """Load both; ``dtype`` is the generator's, by torch's name.
 
         Raises:
             StartupError: `passages` were embedded for another question encoder.
         """
-        self._engine = RagEngine.from_pretrained(checkpoint)
+        self._engine = RagEngine.from_pretrained(checkpoint, device=device, dtype=dtype)
         loaded = self._engine.checkpoint
         self._questions = QuestionEncoder(loaded)
         self._form = ContextForm.of(loaded.config, loaded.max_source_tokens)
