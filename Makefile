@@ -56,7 +56,7 @@ bench: setup-dev  ## compare the services with transformers' own RAG, on the dem
 bench-engine: setup-dev  ## compare the decode engine with transformers' generation (hours; BENCH=--quick: 8 minutes)
 	@$(BIN)/python -m benchmarks.engine $(BENCH)
 
-bench-serve: setup-dev  ## load both services at rising rates, beside transformers behind FastAPI (BENCH=--quick: 4 minutes)
+bench-serve: setup-dev  ## load both services at rising rates, beside transformers behind FastAPI (BENCH=--quick: 6 minutes)
 	@$(BIN)/python -W ignore -m benchmarks.serve $(BENCH)
 
 parity: setup-dev  ## compare token ids with transformers' on N random models, inputs and options (N=500)

@@ -36,7 +36,7 @@ from matplotlib import pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 PLAIN_PORT = 18010
-RATES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+RATES = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256)
 QUESTIONS = 64
 TIMEOUT_S = 10.0
 NAMES = {"ours": "ours", "none": "transformers, one by one", "naive": "transformers, naive batching"}
@@ -182,7 +182,7 @@ def summary(points: Sequence[Point], beams: Sequence[int], limit_ms: float) -> T
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="5 seconds a rate: about four minutes")
+    parser.add_argument("--quick", action="store_true", help="5 seconds a rate: about six minutes")
     parser.add_argument("--seconds", type=float, default=20.0, help="of load, at each rate (default: %(default)s)")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="questions a second")
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 4])

@@ -97,12 +97,12 @@ class Context:
     truncated: bool
 
 
-def build_context(
-    title: str, text: str, question: str, form: ContextForm, tokenizer: PreTrainedTokenizerBase
-) -> Context:
-    """Tokenize one passage with its question; `question` is expected in `question_form`.
+def build_contexts(
+    passages: Sequence[tuple[str, str]], question: str, form: ContextForm, tokenizer: PreTrainedTokenizerBase
+) -> list[Context]:
+    """Tokenize each passage, a (title, text), with the question; `question` is expected in `question_form`.
 
-    Where it is too long, transformers cuts at the right and loses the question. Here the passage gives way: its text
+    Where one is too long, transformers cuts at the right and loses the question. Here the passage gives way: its text
     is cut after the last whole word that fits, so that no number is ever shortened into another number, and if need
     be its title too. The ids are those that transformers gives for the passage so cut, separator, question and
     end-of-sequence token included.
@@ -110,7 +110,22 @@ def build_context(
     Raises:
         InvalidRequest: the question does not fit by itself.
     """
+    pages = [passage for passage in passages if sum(map(len, passage)) < _BOOK_CHARS]
+    ids: list[list[int]] = []
+    if pages:  # one call for all: a call costs as much as its tokens
+        ids = tokenizer([form.text(title, text, question) for title, text in pages], verbose=False)["input_ids"]
+    whole = dict(zip(pages, ids, strict=True))
+    return [
+        Context(whole[passage], truncated=False)
+        if passage in whole and len(whole[passage]) <= form.max_tokens
+        else _cut_context(*passage, question, form, tokenizer)
+        for passage in passages
+    ]
 
+
+def _cut_context(
+    title: str, text: str, question: str, form: ContextForm, tokenizer: PreTrainedTokenizerBase
+) -> Context:
     def tokens(title: str, text: str) -> list[int]:
         ids: list[int] = tokenizer(form.text(title, text, question), verbose=False)["input_ids"]
         return ids
@@ -118,10 +133,6 @@ def build_context(
     def fits(title: str, text: str) -> bool:
         return len(tokens(title, text)) <= form.max_tokens
 
-    if len(title) + len(text) < _BOOK_CHARS:
-        whole = tokens(title, text)
-        if len(whole) <= form.max_tokens:
-            return Context(whole, truncated=False)
     if not fits("", ""):
         raise InvalidRequest(
             f"the question takes more than the {form.max_tokens} tokens that the generator reads, without any passage",

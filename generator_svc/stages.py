@@ -16,7 +16,7 @@ from torch import Tensor
 
 from generator_svc.answers import AnswerCodec, EncodedAnswer
 from generator_svc.checkpoint import Checkpoint
-from generator_svc.contexts import Context, ContextForm, build_context, question_form
+from generator_svc.contexts import Context, ContextForm, build_contexts, question_form
 from generator_svc.engine import Evidence, RagEngine, Task
 from generator_svc.engine.heads import padded
 from generator_svc.engine.scheduler import Scheduler, cache_tokens
@@ -179,9 +179,8 @@ class Stages:
         """Run every stage once, with the shortest and the longest context."""
         longest = "and so on " * self._form.max_tokens
         self.encoder.encode(["?", longest])
-        contexts = [
-            build_context("", text, "?", self._form, self.checkpoint.generator_tokenizer) for text in ("", longest)
-        ]
+        passages = [("", ""), ("", longest)]
+        contexts = build_contexts(passages, "?", self._form, self.checkpoint.generator_tokenizer)
         scores = torch.zeros(1)
         for strategy in self.checkpoint.strategies:
             for context in contexts:
@@ -217,7 +216,7 @@ class Stages:
 
         def contexts(job: Assemble) -> list[Context]:
             question = question_form(job.question, self.checkpoint.question_tokenizer)
-            return [build_context(title, text, question, self._form, tokenizer) for title, text in job.passages]
+            return build_contexts(job.passages, question, self._form, tokenizer)
 
         return _each(contexts, jobs)
 

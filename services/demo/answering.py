@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
-from generator_svc.contexts import ContextForm, build_context, pad_contexts, question_form
+from generator_svc.contexts import ContextForm, build_contexts, pad_contexts, question_form
 from generator_svc.engine import RagEngine
 from generator_svc.question_encoder import QuestionEncoder
 from services.demo.build import CHECKPOINT, PASSAGES
@@ -36,6 +37,17 @@ class Answer:
         return math.exp(self.log_prob)
 
 
+@dataclass(frozen=True)
+class Read:
+    """What the generator reads of B questions: N documents of at most S tokens each."""
+
+    context_input_ids: Tensor  # (B·N, S)
+    context_attention_mask: Tensor  # (B·N, S)
+    doc_scores: Tensor  # (B, N)
+    best_scores: list[float]
+    passages: list[tuple[int, ...]]
+
+
 class DemoRag:
     """Exact search over the shipped embeddings, and the generator's own engine."""
 
@@ -53,8 +65,8 @@ class DemoRag:
         Raises:
             StartupError: `passages` were embedded for another question encoder.
         """
-        self._engine = RagEngine.from_pretrained(checkpoint, device=device, dtype=dtype)
-        loaded = self._engine.checkpoint
+        self.engine = RagEngine.from_pretrained(checkpoint, device=device, dtype=dtype)
+        loaded = self.engine.checkpoint
         self._questions = QuestionEncoder(loaded)
         self._form = ContextForm.of(loaded.config, loaded.max_source_tokens)
         self._n_docs = n_docs
@@ -80,25 +92,34 @@ class DemoRag:
         return answers
 
     def _answer_batch(self, questions: Sequence[str], strategy: Strategy, *, closed_book: bool) -> list[Answer]:
+        read = self.read(questions, closed_book=closed_book)
+        generated = self.engine.generate(
+            read.context_input_ids, read.context_attention_mask, read.doc_scores, strategy=strategy, num_beams=1
+        )
+        tokenizer = self.engine.checkpoint.generator_tokenizer
+        texts = tokenizer.batch_decode(generated.sequences, skip_special_tokens=True)
+        return [
+            Answer(text, log_prob, score, passages)
+            for text, log_prob, score, passages in zip(
+                texts, generated.log_probs.tolist(), read.best_scores, read.passages, strict=True
+            )
+        ]
+
+    def read(self, questions: Sequence[str], *, closed_book: bool = False) -> Read:
+        """What the generator reads of each question."""
         scores_BP = self._questions.encode(questions) @ self._embeddings_PD.T
         rows_BN = np.argsort(-scores_BP, axis=1)[:, : self._n_docs]
         doc_scores_BN = np.take_along_axis(scores_BP, rows_BN, axis=1)
-        checkpoint = self._engine.checkpoint
+        checkpoint = self.engine.checkpoint
         contexts = []
         for question, rows in zip(questions, rows_BN, strict=True):
             asked = question_form(question, checkpoint.question_tokenizer)
-            read = [("", "")] if closed_book else [(self._titles[row], self._texts[row]) for row in rows]
-            contexts += [
-                build_context(title, text, asked, self._form, checkpoint.generator_tokenizer).input_ids
-                for title, text in read
-            ]
-        input_ids, mask = pad_contexts(contexts, checkpoint.generator_tokenizer.pad_token_id)
-        doc_scores = torch.zeros(len(questions), 1) if closed_book else torch.from_numpy(doc_scores_BN)
-        generated = self._engine.generate(input_ids, mask, doc_scores, strategy=strategy, num_beams=1)
-        texts = checkpoint.generator_tokenizer.batch_decode(generated.sequences, skip_special_tokens=True)
-        return [
-            Answer(text, log_prob, float(scores[0]), tuple(self._ids[row] for row in rows))
-            for text, log_prob, scores, rows in zip(
-                texts, generated.log_probs.tolist(), doc_scores_BN, rows_BN, strict=True
-            )
-        ]
+            passages = [("", "")] if closed_book else [(self._titles[row], self._texts[row]) for row in rows]
+            built = build_contexts(passages, asked, self._form, checkpoint.generator_tokenizer)
+            contexts += [context.input_ids for context in built]
+        return Read(
+            *pad_contexts(contexts, checkpoint.generator_tokenizer.pad_token_id),
+            doc_scores=torch.zeros(len(questions), 1) if closed_book else torch.from_numpy(doc_scores_BN),
+            best_scores=doc_scores_BN[:, 0].tolist(),
+            passages=[tuple(self._ids[row] for row in rows) for rows in rows_BN],
+        )

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import RagConfig, RagRetriever
+from transformers import PreTrainedTokenizerBase, RagConfig, RagRetriever
 
-from generator_svc.contexts import ContextForm, build_context, context_text, pad_contexts, question_form
+from generator_svc.contexts import Context, ContextForm, build_contexts, context_text, pad_contexts, question_form
 from shared.errors import InvalidRequest
 from tests.tiny_checkpoint import generator_tokenizer, question_tokenizer
 
@@ -19,6 +19,11 @@ WORDS = st.text(
     max_size=60,
 )
 SEPARATORS = st.sampled_from([" / ", " // ", "/", "", "  ", " [SEP] ", "\n", " | "])
+
+
+def built(title: str, text: str, question: str, form: ContextForm, tokenizer: PreTrainedTokenizerBase) -> Context:
+    [context] = build_contexts([(title, text)], question, form, tokenizer)
+    return context
 
 
 def transformers_ids(title: str, text: str, question: str, form: ContextForm) -> list[int]:
@@ -37,7 +42,7 @@ def test_contexts_that_fit_are_those_of_transformers(
     title: str, text: str, question: str, joints: tuple[str, str, str]
 ) -> None:
     form = ContextForm(*joints, max_tokens=1000)
-    context = build_context(title, text, question, form, TOKENIZER)
+    context = built(title, text, question, form, TOKENIZER)
     assert not context.truncated
     assert context.input_ids == transformers_ids(title, text, question, form)
 
@@ -48,7 +53,7 @@ def test_a_long_passage_is_cut_and_the_question_stays_whole(
 ) -> None:
     form = ContextForm("", title_sep, doc_sep, MAX_TOKENS)
     uncut = TOKENIZER(context_text(title, text, question, title_sep=title_sep, doc_sep=doc_sep))["input_ids"]
-    context = build_context(title, text, question, form, TOKENIZER)
+    context = built(title, text, question, form, TOKENIZER)
     assert len(context.input_ids) <= MAX_TOKENS
     assert context.truncated == (len(uncut) > MAX_TOKENS)
     # The ids are those of transformers for some beginning of the passage, with separator and question behind it.
@@ -59,10 +64,16 @@ def test_a_long_passage_is_cut_and_the_question_stays_whole(
     )
 
 
+@given(st.lists(st.tuples(WORDS, WORDS.map(lambda text: text * 4)), max_size=6))
+def test_passages_do_not_touch_each_other(passages: list[tuple[str, str]]) -> None:
+    together = build_contexts(passages, "who?", FORM, TOKENIZER)
+    assert together == [built(*passage, "who?", FORM, TOKENIZER) for passage in passages]
+
+
 def test_a_cut_never_shortens_a_number() -> None:
     text = "It has 2138551 inhabitants. " * 20
     question = "how many people live in paris?"
-    context = build_context("Paris", text, question, FORM, TOKENIZER)
+    context = built("Paris", text, question, FORM, TOKENIZER)
     read = TOKENIZER.decode(context.input_ids, skip_special_tokens=True)
     passage, asked = read.split(" // ")
     assert asked == question
@@ -71,25 +82,25 @@ def test_a_cut_never_shortens_a_number() -> None:
 
 def test_as_much_of_the_passage_is_kept_as_fits() -> None:
     words = ["Seine"] * 60
-    context = build_context("Paris", " ".join(words), "where?", FORM, TOKENIZER)
+    context = built("Paris", " ".join(words), "where?", FORM, TOKENIZER)
     kept = TOKENIZER.decode(context.input_ids).count("Seine")
     one_more = TOKENIZER(FORM.text("Paris", " ".join(words[: kept + 1]), "where?"))["input_ids"]
     assert len(context.input_ids) <= MAX_TOKENS < len(one_more)
 
 
 def test_a_single_endless_word_is_cut_within() -> None:
-    context = build_context("t", "x" * 500, "who?", FORM, TOKENIZER)
+    context = built("t", "x" * 500, "who?", FORM, TOKENIZER)
     assert len(context.input_ids) == MAX_TOKENS
     assert TOKENIZER.decode(context.input_ids, skip_special_tokens=True).endswith("x // who?")
 
 
 def test_a_book_is_cut_like_a_page() -> None:
     page, book = ("Seine and more " * n for n in (100, 100_000))
-    assert build_context("t", book, "who?", FORM, TOKENIZER) == build_context("t", page, "who?", FORM, TOKENIZER)
+    assert built("t", book, "who?", FORM, TOKENIZER) == built("t", page, "who?", FORM, TOKENIZER)
 
 
 def test_a_long_title_gives_way_after_the_text() -> None:
-    context = build_context("Seine " * 100, "text", "who?", FORM, TOKENIZER)
+    context = built("Seine " * 100, "text", "who?", FORM, TOKENIZER)
     read = TOKENIZER.decode(context.input_ids, skip_special_tokens=True)
     assert read.endswith(" / // who?")
     assert set(read.split(" / ")[0].split()) == {"Seine"}
@@ -97,7 +108,7 @@ def test_a_long_title_gives_way_after_the_text() -> None:
 
 def test_a_question_that_does_not_fit_by_itself_is_refused() -> None:
     with pytest.raises(InvalidRequest) as refused:
-        build_context("t", "text", "who? " * 100, FORM, TOKENIZER)
+        built("t", "text", "who? " * 100, FORM, TOKENIZER)
     assert refused.value.param == "question"
 
 

@@ -16,7 +16,10 @@ from transformers import RagSequenceForGeneration, RagTokenForGeneration
 
 from generator_svc.engine import RagEngine
 from generator_svc.engine.likelihood import counted_tokens
+from services.demo.answering import DemoRag
+from services.demo.build import CHECKPOINT
 from shared.errors import InvalidRequest
+from shared.schemas import Strategy
 from tests.tiny_checkpoint import save_tiny_checkpoint
 
 PAD, EOS, BOS = 1, 2, 0
@@ -158,6 +161,28 @@ def test_log_probs_and_posteriors_agree_with_float64(
         assert made.log_probs[row].item() == pytest.approx(log_prob, abs=1e-4)
         assert made.doc_posterior[row].numpy() == pytest.approx(posterior, abs=1e-4)
         assert made.doc_posterior[row].sum().item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("strategy", ["token", "sequence"])
+def test_log_probs_and_posteriors_agree_with_float64_on_the_demo(strategy: Strategy, num_beams: int) -> None:
+    """A trained model is surer than random ones: its posteriors are close to 0 and 1."""
+    rag = DemoRag()
+    read = rag.read(
+        ["How many people live in Paris?", "What is the symbol of gold?", "Which airport has the code JFK?", "Who?"]
+    )
+    ids, mask, scores = read.context_input_ids, read.context_attention_mask, read.doc_scores
+    made = rag.engine.generate(
+        ids, mask, scores, strategy=strategy, num_beams=num_beams, num_return_sequences=num_beams, max_new_tokens=24
+    )
+    n_docs = scores.shape[1]
+    for row, answer in enumerate(made.sequences.tolist()):
+        b = int(made.question[row])
+        documents = slice(b * n_docs, (b + 1) * n_docs)
+        of_question = (ids[documents], mask[documents], scores[b : b + 1])
+        log_prob, posterior = exact_likelihoods(CHECKPOINT, strategy, of_question, answer)
+        assert made.log_probs[row].item() == pytest.approx(log_prob, abs=1e-4)
+        assert made.doc_posterior[row].numpy() == pytest.approx(posterior, abs=1e-4)
 
 
 @pytest.mark.parametrize("strategy", ["token", "sequence"])
