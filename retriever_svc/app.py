@@ -5,15 +5,20 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi import Path as PathParameter
+from pydantic import BaseModel
 from starlette.responses import Response
 
+from retriever_svc.changes import Delete
 from retriever_svc.retriever import Retriever
 from retriever_svc.settings import RetrieverSettings
+from retriever_svc.upserts import draft_from_wire
 from retriever_svc.versions import library_versions
-from shared.app import create_base_app, raises, request_deadline
+from shared.app import create_base_app, raises, request_deadline, requires
 from shared.errors import (
+    Conflict,
     DeadlineExceeded,
     InvalidRequest,
     NotFound,
@@ -24,13 +29,23 @@ from shared.errors import (
 )
 from shared.schemas import (
     INT64_MAX,
+    Aliases,
+    AliasRequest,
+    BuildRequest,
     CollectionInfo,
     CollectionList,
     CollectionName,
+    DeleteRequest,
+    GenerationInfo,
+    GenerationList,
+    Job,
     Passage,
     RetrieveRequest,
     RetrieveResponse,
+    RollbackRequest,
     ServiceInfo,
+    UpsertRequest,
+    Written,
 )
 from shared.vectors import ARROW_TYPE, JSON_TYPE, query_from_wire, response_form, result_to_wire
 from shared.version import VERSION
@@ -48,6 +63,13 @@ ARROW_RESPONSE = (
     "retrieved_doc_embeds list<fixed_size_list<float32>[D]>, docs list<struct<id, title, text>>; "
     "`index` and `timings_ms` as JSON in the schema metadata."
 )
+
+ARROW_UPSERT = (
+    "Arrow IPC stream, one row a passage: text string, embedding fixed_size_list<float32 or float16>[D], and where "
+    "wanted id int64 and title string."
+)
+
+PassageId = Annotated[int, PathParameter(ge=0, le=INT64_MAX)]
 
 router = APIRouter(tags=["retrieval"])
 
@@ -84,14 +106,21 @@ def _retriever(request: Request) -> Retriever:
 TheRetriever = Annotated[Retriever, Depends(_retriever)]
 
 
-def _request_body() -> dict[str, Any]:
+def _request_body(model: type[BaseModel], arrow: str) -> dict[str, Any]:
     """What FastAPI cannot see: the route reads the body itself, in the form that its Content-Type names."""
-    schema = RetrieveRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    del schema["$defs"]  # the response has the same ones
-    return {
-        "required": True,
-        "content": {JSON_TYPE: {"schema": schema}, ARROW_TYPE: {"schema": _binary(ARROW_REQUEST)}},
-    }
+    schema = model.model_json_schema()
+    schema = _inlined(schema, schema.pop("$defs", {}))
+    return {"required": True, "content": {JSON_TYPE: {"schema": schema}, ARROW_TYPE: {"schema": _binary(arrow)}}}
+
+
+def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    if isinstance(schema, list):
+        return [_inlined(part, definitions) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {name: _inlined(part, definitions) for name, part in schema.items()}
 
 
 def _binary(description: str) -> dict[str, str]:
@@ -109,7 +138,7 @@ def _binary(description: str) -> dict[str, str]:
             RequestError, NotFound, UnsupportedMediaType, InvalidRequest, Overloaded, Unavailable, DeadlineExceeded
         ),
     },
-    openapi_extra={"requestBody": _request_body()},
+    openapi_extra={"requestBody": _request_body(RetrieveRequest, ARROW_REQUEST)},
 )
 async def retrieve(request: Request, retriever: TheRetriever) -> Response:
     """The documents nearest to each query vector, by inner product; equal scores in ascending id.
@@ -145,14 +174,114 @@ async def get_collection(collection: CollectionName, retriever: TheRetriever) ->
     return retriever.collection(collection).info
 
 
-@router.get("/v1/collections/{collection}/passages/{passage_id}", responses=raises(NotFound, Unavailable))
+@router.get("/v1/collections/{collection}/passages/{passage_id:int}", responses=raises(NotFound, Unavailable))
 async def get_passage(
     collection: CollectionName,
-    passage_id: Annotated[int, PathParameter(ge=0, le=INT64_MAX)],
+    passage_id: PassageId,
     retriever: TheRetriever,
 ) -> Passage:
     """One passage, by its id."""
     return await asyncio.to_thread(retriever.collection(collection).passage, passage_id)
+
+
+WRITING = [Depends(requires("admin"))]
+WRITE_ERRORS = raises(RequestError, NotFound, Conflict, UnsupportedMediaType, InvalidRequest, Unavailable)
+
+
+@router.post(
+    "/v1/collections/{collection}/passages",
+    dependencies=WRITING,
+    responses=WRITE_ERRORS,
+    openapi_extra={"requestBody": _request_body(UpsertRequest, ARROW_UPSERT)},
+)
+async def upsert_passages(collection: CollectionName, request: Request, retriever: TheRetriever) -> Written:
+    """Store passages, or replace those whose ids are there. Answered once they are on the disk and searches see them.
+
+    All passages of a request are stored, or none.
+    """
+    writer = retriever.writer(collection)
+    body = await request.body()
+    content_type = request.headers.get("content-type", "")
+    draft = await asyncio.to_thread(draft_from_wire, body, content_type, writer.collection)
+    return await writer.write(draft)
+
+
+@router.post("/v1/collections/{collection}/passages/delete", dependencies=WRITING, responses=WRITE_ERRORS)
+async def delete_passages(collection: CollectionName, request: DeleteRequest, retriever: TheRetriever) -> Written:
+    """Delete passages by id; ids that are not there are no error, `gone` counts those that were."""
+    return await retriever.writer(collection).write(Delete(np.array(request.ids, np.int64)))
+
+
+@router.delete("/v1/collections/{collection}/passages/{passage_id:int}", dependencies=WRITING, responses=WRITE_ERRORS)
+async def delete_passage(collection: CollectionName, passage_id: PassageId, retriever: TheRetriever) -> Written:
+    """Delete one passage."""
+    written = await retriever.writer(collection).write(Delete(np.array([passage_id], np.int64)))
+    if not written.gone:
+        raise NotFound(f"collection `{collection}` has no passage {passage_id}", param="passage_id")
+    return written
+
+
+@router.get("/v1/collections/{collection}/generations", responses=raises(NotFound, Unavailable))
+async def list_generations(collection: CollectionName, retriever: TheRetriever) -> GenerationList:
+    """The builds that are on the disk, newest first."""
+    writer = retriever.writer(collection)
+    found = await asyncio.to_thread(writer.generations)
+    return GenerationList(
+        generations=[
+            GenerationInfo(
+                generation=name,
+                current=name == writer.collection.generation,
+                kind=manifest.kind,
+                count=manifest.count,
+                encoder=manifest.encoder,
+                created_at=manifest.created_at,
+            )
+            for name, manifest in found
+        ]
+    )
+
+
+@router.post("/v1/collections/{collection}/generations", status_code=202, dependencies=WRITING, responses=WRITE_ERRORS)
+async def build_generation(collection: CollectionName, request: BuildRequest, retriever: TheRetriever) -> Job:
+    """Build an index of what can be found now, of the same kind or another, and let it take over.
+
+    Goes on in the background: `GET /v1/jobs/{id}` tells how far it is. Searches and writes go on meanwhile.
+    """
+    return retriever.build(collection, request)
+
+
+@router.post("/v1/collections/{collection}/rollback", dependencies=WRITING, responses=WRITE_ERRORS)
+async def roll_back(collection: CollectionName, request: RollbackRequest, retriever: TheRetriever) -> CollectionInfo:
+    """Serve an earlier generation again, with every change that was made to it."""
+    writer = retriever.writer(collection)
+    await writer.rollback(request.generation)
+    return writer.collection.info
+
+
+@router.get("/v1/jobs/{job_id}", responses=raises(NotFound, Unavailable))
+async def get_job(job_id: str, retriever: TheRetriever) -> Job:
+    """Work that goes on in the background, or what became of it."""
+    return retriever.jobs.get(job_id)
+
+
+@router.get("/v1/aliases", responses=raises(Unavailable))
+async def list_aliases(retriever: TheRetriever) -> Aliases:
+    """Other names that collections go by."""
+    return Aliases(aliases=retriever.catalog.aliases)
+
+
+@router.put("/v1/aliases/{alias}", dependencies=WRITING, responses=WRITE_ERRORS)
+async def set_alias(alias: CollectionName, request: AliasRequest, retriever: TheRetriever) -> Aliases:
+    """Let an alias stand for a collection: requests that begin from now on go there, others end where they began."""
+    retriever.catalog.set_alias(alias, request.collection)
+    return Aliases(aliases=retriever.catalog.aliases)
+
+
+@router.delete("/v1/aliases/{alias}", dependencies=WRITING, responses=WRITE_ERRORS)
+async def remove_alias(alias: CollectionName, retriever: TheRetriever) -> Aliases:
+    """Let an alias stand for nothing."""
+    retriever.catalog.set_alias(alias, None)
+    return Aliases(aliases=retriever.catalog.aliases)
 
 
 def _info(retriever: Retriever) -> ServiceInfo:
@@ -169,6 +298,8 @@ def _info(retriever: Retriever) -> ServiceInfo:
             "max_batch_vectors": settings.max_batch_vectors,
             "max_n_docs": settings.max_n_docs,
             "max_documents": settings.max_documents,
+            "keep_generations": settings.keep_generations,
+            "rebuild_after": settings.rebuild_after,
             "max_queue": settings.max_queue,
             "max_wait_ms": settings.max_wait_ms,
             "default_timeout_ms": settings.default_timeout_ms,

@@ -10,6 +10,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -19,15 +20,32 @@ import pyarrow as pa
 import structlog
 
 from retriever_svc import generation as gen
-from retriever_svc.index import FlatBuilder
+from retriever_svc.index import FLAT, IndexBuilder
 from retriever_svc.passages import PassageTable, passage_schema
 from retriever_svc.source import Source, embeddings_of, first_repeated
 from retriever_svc.versions import library_versions
 from shared.errors import InvalidRequest
 from shared.retrieval import Int64Array
+from shared.schemas import SearchParams
 
 LOCK = ".lock"
 TEMPORARY = ".building-"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to make of a source.
+
+    ``kind``: preset or factory string; ``search_params``: where they differ from the preset's. ``lineage`` and
+    ``applied``: the change log that goes on, and its last change in the source; a new log otherwise.
+    """
+
+    kind: str = FLAT
+    search_params: SearchParams | None = None
+    origin: Literal["seed", "build"] = "build"
+    lineage: str | None = None
+    applied: int = 0
+
 
 Progress = Callable[[int, int | None], None]
 """Called with the rows taken so far and the rows of the source, where known."""
@@ -39,7 +57,7 @@ def build_collection(
     collection: Path,
     source: Source,
     *,
-    origin: Literal["seed", "build"] = "build",
+    options: Options | None = None,
     progress: Progress | None = None,
 ) -> str:
     """Build a generation from ``source`` and make it the current one.
@@ -51,11 +69,11 @@ def build_collection(
     Raises: InvalidRequest: the source is empty, repeats an id, or has values that cannot be served.
     """
     with collection_lock(collection):
-        return build_locked(collection, source, origin=origin, progress=progress)
+        return build_locked(collection, source, options, progress)
 
 
 def build_locked(
-    collection: Path, source: Source, *, origin: Literal["seed", "build"], progress: Progress | None = None
+    collection: Path, source: Source, options: Options | None = None, progress: Progress | None = None
 ) -> str:
     """As :func:`build_collection`, for a caller that holds the lock."""
     generations = collection / gen.GENERATIONS
@@ -67,7 +85,7 @@ def build_locked(
     folder = generations / f"{TEMPORARY}{name}"
     folder.mkdir()
     try:
-        manifest = _write_generation(folder, source, origin, now, progress)
+        manifest = _write_generation(folder, source, options or Options(), now, progress)
         gen.write_manifest(folder, manifest)
         for path in [*folder.rglob("*"), folder]:
             gen.flush(path)
@@ -95,9 +113,9 @@ def collection_lock(collection: Path) -> Iterator[None]:
 
 
 def _write_generation(
-    folder: Path, source: Source, origin: Literal["seed", "build"], now: datetime, progress: Progress | None
+    folder: Path, source: Source, options: Options, now: datetime, progress: Progress | None
 ) -> gen.Manifest:
-    writing = _Writing(source, progress)
+    writing = _Writing(source, IndexBuilder(folder, source.dimension, source.dtype, options.kind), progress)
     schema = passage_schema(source.dimension, source.dtype)
     try:
         passages_version = PassageTable.write(folder / gen.PASSAGES, schema, writing.batches())
@@ -108,17 +126,22 @@ def _write_generation(
         raise InvalidRequest("the source has no passages", param="source")
     if repeated := first_repeated(writing.ids()):
         raise InvalidRequest("id {} stands in rows {} and {}; ids must be unique".format(*repeated), param="id")
-    writing.index.write(folder / gen.INDEX)
+    settled = writing.index.write(options.search_params, progress)
     return gen.Manifest(
+        kind=settled.kind,
+        factory=settled.factory,
+        search_params=settled.params,
         dimension=source.dimension,
         count=writing.count,
         dtype="float16" if source.dtype == "float16" else "float32",
         max_norm=writing.max_norm,
         encoder=source.encoder,
-        origin=origin,
+        origin=options.origin,
         source_sha256=source.sha256,
         attribution=source.attribution,
         passages_version=passages_version,
+        lineage=options.lineage or uuid.uuid4().hex,
+        applied=options.applied,
         versions=library_versions(),
         created_at=now.isoformat(timespec="seconds"),
         files=gen.describe_files(folder),
@@ -128,11 +151,11 @@ def _write_generation(
 class _Writing:
     """Passes clean batches on to the table, and gathers on the way what the index and the manifest need."""
 
-    def __init__(self, source: Source, progress: Progress | None) -> None:
+    def __init__(self, source: Source, index: IndexBuilder, progress: Progress | None) -> None:
         self._source = source
         self._progress = progress
         self._ids: list[Int64Array] = []
-        self.index = FlatBuilder(source.dimension)
+        self.index = index
         self.count = 0
         self.max_norm = 0.0
         self.failure: BaseException | None = None

@@ -1,4 +1,4 @@
-"""A collection as it serves: one verified generation, its passages and its index, open for reading."""
+"""A collection as it serves: one verified generation, what was written since, and the index over both."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,42 +7,55 @@ import numpy as np
 
 from retriever_svc import generation as gen
 from retriever_svc import ranking
-from retriever_svc.index import Device, FlatIndex, GpuStorage
+from retriever_svc.changes import Change, ChangeLog, Upsert, read_changes
+from retriever_svc.delta import Delta
+from retriever_svc.index import INDEX, Device, GpuStorage, Index, merged
 from retriever_svc.passages import PassageTable
-from retriever_svc.ranking import Ranked
+from retriever_svc.ranking import Ranked, Segment
 from shared.errors import InvalidRequest, NotFound, StartupError
-from shared.retrieval import Float32Array
-from shared.schemas import CollectionInfo, IndexInfo, Passage
+from shared.retrieval import Float32Array, Int64Array
+from shared.schemas import CollectionInfo, IndexInfo, Passage, SearchParams
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class Collection:
-    """Searched by the worker thread alone; the rest may be called from any thread."""
+    """Searched and changed by the worker thread alone; the rest may be called from any thread."""
 
     def __init__(
-        self, name: str, generation: str, manifest: gen.Manifest, passages: PassageTable, index: FlatIndex
+        self, folder: Path, generation: str, manifest: gen.Manifest, passages: PassageTable, index: Index
     ) -> None:
-        self.name = name
+        self.folder = folder
+        self.name = folder.name
         self.generation = generation
         self.manifest = manifest
         self.passages = passages
         self.index = index
+        self.delta = Delta(passages, manifest.dimension)
+        self.applied = manifest.applied
+        self.next_id = int(passages.ids.max(initial=-1)) + 1
 
     @classmethod
-    def open(cls, folder: Path, *, device: Device = "auto", gpu_storage: GpuStorage = "float32") -> "Collection":
-        """Verify and load the current generation of the collection in ``folder``.
+    def open(
+        cls,
+        folder: Path,
+        *,
+        generation: str | None = None,
+        device: Device = "auto",
+        gpu_storage: GpuStorage = "float32",
+    ) -> "Collection":
+        """Verify and load a generation of the collection in ``folder``, the current one, with all changes since.
 
         Raises: StartupError: names what is missing, damaged or contradicts the manifest, and what to do.
         """
-        current = gen.current_generation(folder)
+        current = gen.current_generation(folder) if generation is None else folder / gen.GENERATIONS / generation
         manifest = gen.read_manifest(current)
         gen.verify_files(current, manifest)
         passages = PassageTable.open(current / gen.PASSAGES, manifest.passages_version)
-        index = FlatIndex.read(current / gen.INDEX, device=device, gpu_storage=gpu_storage)
+        index = Index.read(current, dtype=manifest.dtype, device=device, gpu_storage=gpu_storage)
         said = (manifest.count, manifest.dimension, manifest.dtype)
         for path, found in (
-            (current / gen.INDEX, (index.count, index.dimension, manifest.dtype)),
+            (current / INDEX, (index.count, index.dimension, manifest.dtype)),
             (current / gen.PASSAGES, (len(passages), passages.dimension, passages.dtype)),
         ):
             if found != said:
@@ -50,43 +63,89 @@ class Collection:
                     f"{path} holds {found[0]} x {found[1]} {found[2]} where {current / gen.MANIFEST} says "
                     f"{said[0]} x {said[1]} {said[2]}; {gen.REBUILD}"
                 )
-        return cls(folder.name, current.name, manifest, passages, index)
+        collection = cls(folder, current.name, manifest, passages, index)
+        collection.catch_up()
+        return collection
+
+    def open_log(self) -> ChangeLog:
+        """Raises: StartupError: a file of it is damaged."""
+        return ChangeLog.open(self.folder, self.manifest.lineage, self.manifest.dtype, applied=self.manifest.applied)
+
+    def catch_up(self) -> None:
+        """Apply what the log holds beyond what was applied."""
+        for number, change in read_changes(self.folder, self.manifest.lineage, after=self.applied):
+            self.apply(number, change)
+
+    def apply(self, number: int, change: Change) -> int:
+        """Make change ``number`` visible; how many passages it replaced or deleted."""
+        gone = self.delta.apply(change)
+        if isinstance(change, Upsert):
+            self.next_id = max(self.next_id, int(change.ids.max(initial=-1)) + 1)
+        self.applied = number
+        return gone
+
+    @property
+    def count(self) -> int:
+        return self.manifest.count - self.delta.n_base_dead + self.delta.count
+
+    @property
+    def max_norm(self) -> float:
+        return max(self.manifest.max_norm, self.delta.max_norm)
 
     def check_queries(self, vectors_BD: Float32Array) -> None:
         """Refuse vectors that this index cannot be searched with.
 
         Raises: InvalidRequest: another dimension, or so large that an inner product could overflow float32.
         """
-        dimension = vectors_BD.shape[1]
-        if dimension != self.manifest.dimension:
-            raise InvalidRequest(
-                f"vectors have dimension {dimension}, collection `{self.name}` has {self.manifest.dimension}",
-                param="vectors",
-            )
+        self.check_dimension(vectors_BD, "vectors")
         # Every partial sum of q·d is at most |q| |d|; half of the range leaves room for the rounding of norms.
         norms_B = np.linalg.norm(vectors_BD.astype(np.float64), axis=1)
-        too_large = np.flatnonzero(norms_B * self.manifest.max_norm > FLOAT32_MAX / 2)
+        too_large = np.flatnonzero(norms_B * self.max_norm > FLOAT32_MAX / 2)
         if len(too_large):
             raise InvalidRequest(
                 f"vectors[{too_large[0]}] has norm {norms_B[too_large[0]]:.3g}: its inner products overflow float32",
                 param="vectors",
             )
 
-    def search(self, vectors_BD: Float32Array, n_docs: Sequence[int]) -> list[Ranked]:
+    def check_dimension(self, vectors_BD: Float32Array, param: str) -> None:
+        """Raises: InvalidRequest."""
+        dimension = vectors_BD.shape[1]
+        if dimension != self.manifest.dimension:
+            raise InvalidRequest(
+                f"vectors have dimension {dimension}, collection `{self.name}` has {self.manifest.dimension}",
+                param=param,
+            )
+
+    def segments(self) -> list[Segment]:
+        """What a search goes through: the generation, and what was added since."""
+        dead = self.delta.base_dead if self.delta.n_base_dead else None
+        base = Segment(0, self.index, self.passages.ids, self.manifest.max_norm, dead)
+        added = self.delta.segment()
+        return [base] if added is None else [base, added]
+
+    def search(
+        self, vectors_BD: Float32Array, n_docs: Sequence[int], params: SearchParams | None = None
+    ) -> list[Ranked]:
         """The best ``n_docs[b]`` documents of each query, see :mod:`retriever_svc.ranking`."""
-        return ranking.search(self.index, self.passages.ids, self.manifest.max_norm, vectors_BD, n_docs)
+        return ranking.search(self.segments(), vectors_BD, n_docs, merged(self.manifest.search_params, params))
+
+    def take(self, rows: Int64Array) -> dict[int, Passage]:
+        """The passages of ``rows``, by row."""
+        stored = rows < len(self.passages)
+        found = self.passages.take(rows[stored]) if stored.any() else {}
+        return found | {row: self.delta.passage(row) for row in rows[~stored].tolist()}
 
     def warm_up(self) -> None:
         """Search and read once, so that the first request does not pay for what libraries put off until then."""
-        (ranked,) = self.search(self.index.embeddings(np.array([0])), [1])
-        self.passages.take(ranked.rows)
+        found = self.search(np.ones((1, self.manifest.dimension), np.float32), [1])
+        self.take(found[0].rows)
 
     def passage(self, passage_id: int) -> Passage:
         """Raises: NotFound."""
-        row = self.passages.row_of(passage_id)
+        row = self.delta.row_of(passage_id)
         if row is None:
             raise NotFound(f"collection `{self.name}` has no passage {passage_id}", param="passage_id")
-        return self.passages.take(np.array([row]))[row]
+        return self.take(np.array([row]))[row]
 
     @property
     def index_info(self) -> IndexInfo:
@@ -94,15 +153,19 @@ class Collection:
 
     @property
     def info(self) -> CollectionInfo:
+        manifest = self.manifest
         return CollectionInfo(
             name=self.name,
             generation=self.generation,
-            encoder=self.manifest.encoder,
-            kind=self.manifest.kind,
-            metric=self.manifest.metric,
-            dimension=self.manifest.dimension,
-            count=self.manifest.count,
-            dtype=self.manifest.dtype,
+            encoder=manifest.encoder,
+            kind=manifest.kind,
+            factory=manifest.factory,
+            search_params=manifest.search_params,
+            metric=manifest.metric,
+            dimension=manifest.dimension,
+            count=self.count,
+            version=self.applied,
+            dtype=manifest.dtype,
             device=self.index.device,
-            created_at=self.manifest.created_at,
+            created_at=manifest.created_at,
         )

@@ -5,6 +5,7 @@
         generations/<generation>/
             manifest.json              what the others are, with the sha256 of each
             index.faiss                vectors, row by row
+            embeddings.bin             the true embeddings, where the index does not keep them
             passages.lance/            id, title, text, embedding of the same rows
 
 A generation never changes once it has its name. Another one is built beside it and takes over by CURRENT.
@@ -21,10 +22,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shared.errors import StartupError
+from shared.schemas import SearchParams
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-INDEX = "index.faiss"
 PASSAGES = "passages.lance"
 CURRENT = "CURRENT"
 GENERATIONS = "generations"
@@ -45,7 +46,9 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int = FORMAT
-    kind: Literal["flat"] = "flat"
+    kind: str  # preset, or faiss factory string
+    factory: str  # what faiss built
+    search_params: SearchParams  # how widely it is searched
     metric: Literal["inner_product"] = "inner_product"
     dimension: int
     count: int
@@ -56,6 +59,8 @@ class Manifest(BaseModel):
     source_sha256: str | None = None  # of the file it was built from, where it was one
     attribution: str | None = None
     passages_version: int  # version of the Lance data set
+    lineage: str  # the change log that goes on from this generation
+    applied: int = 0  # its last change that is in this generation
     versions: dict[str, str]  # of the libraries that wrote it
     created_at: str
     files: dict[str, FileRecord]  # by path inside the generation's folder
@@ -108,6 +113,8 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise StartupError(f"{path} cannot be read ({error}); {REBUILD}") from error
     found = raw.get("format") if isinstance(raw, dict) else None
+    if found == 1:  # knew kind flat only, and no changes
+        raw, found = {**raw, "format": FORMAT, "factory": "Flat", "search_params": {}, "lineage": folder.name}, FORMAT
     if found != FORMAT:
         raise StartupError(
             f"{path} has format {found!r}, this version reads format {FORMAT}; "

@@ -4,7 +4,7 @@ Lance is read by row number, so that row r here is vector r of the index. Reads 
 rows, 0.6 ms for 5 passages and 2.2 ms for 320.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,10 @@ class PassageTable:
             return None
         row = int(self._rows_by_id[at])
         return row if self.ids[row] == passage_id else None
+
+    def batches(self, rows: int) -> Iterator[pa.RecordBatch]:
+        """All columns, in row order, at most ``rows`` at a time."""
+        yield from self._dataset.to_batches(batch_size=rows, scan_in_order=True)
 
     def take(self, rows: Int64Array) -> dict[int, Passage]:
         """The passages of ``rows`` (at least one, any order, repeats allowed), by row: one read for all of them."""

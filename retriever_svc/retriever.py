@@ -1,21 +1,31 @@
 """The retriever: its collections, the thread that searches them, and the limits of a request."""
 
+import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry
 
 from retriever_svc.catalog import Catalog
 from retriever_svc.collection import Collection
-from retriever_svc.index import use_threads
+from retriever_svc.index import recipe, use_threads
+from retriever_svc.jobs import Jobs
 from retriever_svc.metrics import RetrieverMetrics
-from retriever_svc.search import SearchItem, search_batch
+from retriever_svc.search import Call, SearchItem, run_batch
 from retriever_svc.settings import RetrieverSettings
+from retriever_svc.writer import Writer
 from shared.deadline import Deadline
-from shared.errors import InvalidRequest, Unavailable
+from shared.errors import InvalidRequest, Overloaded, Unavailable
 from shared.metrics import WorkerMetrics
 from shared.retrieval import RetrieveQuery, RetrieveResult
+from shared.schemas import BuildRequest, Job
 from shared.worker import DeviceWorker
+
+FULL_QUEUE_S = 0.005
+
+Result = TypeVar("Result")
 
 
 class Retriever:
@@ -25,12 +35,14 @@ class Retriever:
         self.settings = settings
         self._metrics = RetrieverMetrics(registry)
         self._catalog: Catalog | None = None
-        self._worker = DeviceWorker[SearchItem, RetrieveResult](
-            lambda items: search_batch(items, self._metrics),
+        self._writers: dict[str, Writer] = {}
+        self.jobs = Jobs()
+        self._worker = DeviceWorker[SearchItem | Call, Any](
+            lambda items: run_batch(items, self._metrics),
             name="search",
             setup=self._load,
-            key=lambda item: item.key,
-            size=lambda item: item.size,
+            key=lambda item: item.key if isinstance(item, SearchItem) else id(item),
+            size=lambda item: item.size if isinstance(item, SearchItem) else settings.max_batch_size,
             max_batch_size=settings.max_batch_size,
             max_wait_ms=settings.max_wait_ms,
             max_queue=settings.max_queue,
@@ -56,7 +68,51 @@ class Retriever:
         await self._worker.start()
 
     async def stop(self) -> None:
+        for writer in self._writers.values():
+            await writer.close()
         await self._worker.stop()
+
+    async def _in_worker(self, function: Callable[[], Result]) -> Result:
+        """Run a function in the thread that searches, between two batches."""
+        while True:
+            try:
+                result: Result = await self._worker.submit(Call(function), Deadline(float("inf")))
+            except Overloaded:  # searches fill the queue; a change that is on the disk waits for its turn
+                await asyncio.sleep(FULL_QUEUE_S)
+            else:
+                return result
+
+    def writer(self, name: str) -> Writer:
+        """Raises: NotFound, or Unavailable while loading."""
+        collection = self.collection(name)
+        if collection.name not in self._writers:
+            assert self._catalog is not None  # noqa: S101  there is a collection
+            self._writers[collection.name] = Writer(
+                self._catalog,
+                collection.name,
+                self._in_worker,
+                keep_generations=self.settings.keep_generations,
+                rebuild_after=self.settings.rebuild_after,
+            )
+        return self._writers[collection.name]
+
+    def build(self, name: str, request: BuildRequest) -> Job:
+        """Begin to build a generation.
+
+        Raises: NotFound, InvalidRequest: no such kind; Conflict: one is being built.
+        """
+        writer = self.writer(name)
+        if request.kind is not None:
+            recipe(request.kind, writer.collection.manifest.dimension, max(1, writer.collection.count))
+        writer.begin_build()
+        return self.jobs.start(writer.collection.name, writer.build(request))
+
+    @property
+    def catalog(self) -> Catalog:
+        """Raises: Unavailable while loading."""
+        if self._catalog is None:
+            raise Unavailable("the collections are being loaded", retry_after_s=1)
+        return self._catalog
 
     def problems(self) -> list[str]:
         """Why no search can be answered now; empty when one can."""
@@ -70,9 +126,7 @@ class Retriever:
 
     def collection(self, name: str) -> Collection:
         """Raises: NotFound, or Unavailable while loading."""
-        if self._catalog is None:
-            raise Unavailable("the collections are being loaded", retry_after_s=1)
-        return self._catalog.get(name)
+        return self.catalog.get(name)
 
     async def retrieve(self, query: RetrieveQuery, deadline: Deadline) -> RetrieveResult:
         """The documents of each query vector; the search may be shared with other requests.
@@ -82,8 +136,9 @@ class Retriever:
         began = time.perf_counter()
         collection = self.collection(query.collection)
         collection.check_queries(query.vectors)
+        collection.index.check_params(query.search_params)
         self._check_limits(query, collection)
-        result = await self._worker.submit(SearchItem(query, collection), deadline)
+        result: RetrieveResult = await self._worker.submit(SearchItem(query, collection), deadline)
         return replace(result, timings_ms={**result.timings_ms, "total": (time.perf_counter() - began) * 1e3})
 
     def _check_limits(self, query: RetrieveQuery, collection: Collection) -> None:
@@ -94,7 +149,7 @@ class Retriever:
             )
         if query.n_docs > limits.max_n_docs:
             raise InvalidRequest(f"n_docs is {query.n_docs}, at most {limits.max_n_docs} is taken", param="n_docs")
-        documents = n_vectors * min(query.n_docs, collection.manifest.count)
+        documents = n_vectors * min(query.n_docs, collection.count)
         if documents > limits.max_documents:
             raise InvalidRequest(
                 f"{n_vectors} vectors with {query.n_docs} documents each make {documents} documents, "

@@ -5,7 +5,9 @@ Runs in the worker thread.
 
 import itertools
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,9 +30,24 @@ class SearchItem:
         return len(self.query.vectors)
 
     @property
-    def key(self) -> tuple[str, str]:
+    def key(self) -> tuple[str, str, str]:
         """Items of one key may share a batch."""
-        return self.collection.name, self.collection.generation
+        params = self.query.search_params
+        return self.collection.name, self.collection.generation, params.model_dump_json() if params else ""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function for the thread that searches, which runs alone."""
+
+    function: Callable[[], Any]
+
+
+def run_batch(items: list[SearchItem | Call], metrics: RetrieverMetrics) -> Sequence[Any]:
+    """What the worker does: one result an item."""
+    if isinstance(items[0], Call):
+        return [item.function() for item in items if isinstance(item, Call)]
+    return search_batch([item for item in items if isinstance(item, SearchItem)], metrics)
 
 
 def search_batch(items: list[SearchItem], metrics: RetrieverMetrics) -> list[RetrieveResult]:
@@ -40,14 +57,14 @@ def search_batch(items: list[SearchItem], metrics: RetrieverMetrics) -> list[Ret
     n_docs = [item.query.n_docs for item in items for _ in range(item.size)]
 
     started = time.perf_counter()
-    ranked = collection.search(vectors_BD, n_docs)
+    ranked = collection.search(vectors_BD, n_docs, items[0].query.search_params)
     searched = time.perf_counter()
     of_batch = iter(ranked)
     answers = [list(itertools.islice(of_batch, item.size)) for item in items]
     wanted = [
         one.rows for item, answer in zip(items, answers, strict=True) if item.query.return_passages for one in answer
     ]
-    passages = collection.passages.take(np.concatenate(wanted)) if wanted else {}
+    passages = collection.take(np.concatenate(wanted)) if wanted else {}
     done = time.perf_counter()
 
     metrics.queries.labels(collection.name).inc(len(vectors_BD))
@@ -62,7 +79,7 @@ def _result(
 ) -> RetrieveResult:
     query, collection = item.query, item.collection
     return RetrieveResult(
-        doc_ids=[collection.passages.ids[one.rows] for one in ranked],
+        doc_ids=[one.ids for one in ranked],
         doc_scores=[one.scores for one in ranked],
         doc_embeds=[one.embeddings for one in ranked] if query.return_embeds else None,
         docs=[[passages[row] for row in one.rows.tolist()] for one in ranked] if query.return_passages else None,

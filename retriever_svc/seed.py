@@ -9,7 +9,7 @@ from pathlib import Path
 import structlog
 
 from retriever_svc import generation as gen
-from retriever_svc.build import build_locked, collection_lock
+from retriever_svc.build import Options, build_locked, collection_lock
 from retriever_svc.source import from_parquet
 from shared.errors import InvalidRequest, StartupError
 
@@ -39,7 +39,7 @@ def seed_default(collections: Path, seed: Path) -> None:
                 return
             log.info("seeding", collection=DEFAULT, because=reason, source=str(seed))
             started = time.perf_counter()
-            build_locked(collection, from_parquet(seed), origin="seed")
+            build_locked(collection, from_parquet(seed), Options(origin="seed"))
             log.info("seeded", collection=DEFAULT, seconds=round(time.perf_counter() - started, 2))
     except InvalidRequest as error:
         raise StartupError(f"the seed {seed} cannot be used: {error.message}") from error

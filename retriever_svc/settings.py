@@ -34,6 +34,14 @@ class RetrieverSettings(ServiceSettings):
     max_batch_size: int = Field(default=128, ge=1, description="Query vectors that share one search.")
     max_batch_vectors: int = Field(default=1024, ge=1, description="Query vectors of one request.")
     max_n_docs: int = Field(default=1000, ge=1, le=CUDA_MAX_HITS, description="Documents per query.")
+    keep_generations: int = Field(
+        default=2, ge=2, le=100, description="Newest generations of a collection that stay on the disk, for a rollback."
+    )
+    rebuild_after: int = Field(
+        default=20_000,
+        ge=1,
+        description="Passages written or deleted since a generation, after which the next is built in the background.",
+    )
     max_documents: int = Field(
         default=50_000, ge=1, description="Documents of one response: query vectors times n_docs."
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from shared.schemas import IndexInfo, Passage
+from shared.schemas import IndexInfo, Passage, SearchParams
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
@@ -24,6 +24,7 @@ class RetrieveQuery:
     collection: str = "default"
     return_embeds: bool = True
     return_passages: bool = True
+    search_params: SearchParams | None = None
     timeout_ms: int | None = None
 
 

@@ -25,6 +25,9 @@ Milliseconds = Annotated[int, Field(ge=1, le=600_000), BeforeValidator(_whole)]
 Question = Annotated[str, StringConstraints(min_length=1, max_length=8192, pattern=r"\S")]
 CollectionName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Strategy = Literal["token", "sequence"]
+# The first bad number ends the check: a body of millions of them must not become a list of millions of errors.
+Row = Annotated[list[float], Field(fail_fast=True)]
+Rows = Annotated[list[Row], Field(fail_fast=True)]
 
 
 class Wire(BaseModel):
@@ -79,6 +82,20 @@ class IndexInfo(Wire):
     encoder: str = Field(description="Fingerprint of the question encoder whose space the embeddings live in.")
 
 
+class SearchParams(Sent):
+    """How widely an index that does not compare every vector looks; ``null``: as the collection has it."""
+
+    nprobe: Annotated[Positive, Field(le=65_536)] | None = Field(
+        default=None, description="Inverted lists looked through (IVF kinds)."
+    )
+    ef_search: Annotated[Positive, Field(le=65_536)] | None = Field(
+        default=None, description="Candidates that a walk through the graph keeps (HNSW kinds)."
+    )
+    over_fetch: Annotated[Positive, Field(le=1000)] | None = Field(
+        default=None, description="Hits taken for each document asked for, to be ranked by their exact scores."
+    )
+
+
 class RetrieveOptions(Request):
     """Everything of a retrieve request but its vectors; with an Arrow body it travels beside them."""
 
@@ -86,11 +103,7 @@ class RetrieveOptions(Request):
     collection: CollectionName = "default"
     return_embeds: bool = True
     return_passages: bool = True
-
-
-# The first bad number ends the check: a body of millions of them must not become a list of millions of errors.
-Row = Annotated[list[float], Field(fail_fast=True)]
-Rows = Annotated[list[Row], Field(fail_fast=True)]
+    search_params: SearchParams | None = Field(default=None, description="Beyond what the collection is set to.")
 
 
 class RetrieveRequest(RetrieveOptions):
@@ -116,10 +129,13 @@ class CollectionInfo(Wire):
     name: str
     generation: str
     encoder: str
-    kind: str
+    kind: str = Field(description="Preset, or faiss factory string.")
+    factory: str = Field(description="What faiss built.")
+    search_params: SearchParams = Field(description="How widely a search looks unless it says otherwise.")
     metric: Literal["inner_product"]
     dimension: int
-    count: int
+    count: int = Field(description="Passages that can be found.")
+    version: int = Field(description="Number of the last change that searches see.")
     dtype: Literal["float16", "float32"] = Field(description="Storage of the embeddings.")
     device: str
     created_at: str
@@ -127,6 +143,77 @@ class CollectionInfo(Wire):
 
 class CollectionList(Wire):
     collections: list[CollectionInfo]
+
+
+class NewPassage(Sent):
+    """A passage to store. Without an ``id`` it gets the next free one; with one it replaces who has it."""
+
+    id: Int63 | None = None
+    title: str = ""
+    text: str
+    embedding: Row
+
+
+class UpsertRequest(Sent):
+    passages: Annotated[list[NewPassage], Field(min_length=1, fail_fast=True)]
+
+
+class DeleteRequest(Sent):
+    ids: Annotated[list[Int63], Field(min_length=1, fail_fast=True)]
+
+
+class Written(Wire):
+    """A change that is on the disk, and that every search begun from now on sees."""
+
+    ids: list[int] = Field(description="Of the passages written, or asked to be deleted.")
+    gone: int = Field(description="How many passages were replaced or deleted.")
+    version: int = Field(description="Number of the change, counted in the collection.")
+
+
+class GenerationInfo(Wire):
+    """A build of the collection that is still on the disk."""
+
+    generation: str
+    current: bool
+    kind: str
+    count: int = Field(description="Passages in it, before the changes that came after.")
+    encoder: str
+    created_at: str
+
+
+class GenerationList(Wire):
+    generations: list[GenerationInfo]
+
+
+class BuildRequest(Sent):
+    """What the next generation is: the passages that can be found now, in an index of this kind."""
+
+    kind: str | None = Field(
+        default=None, min_length=1, max_length=200, description="Preset or faiss factory string; null: as it is."
+    )
+    search_params: SearchParams | None = Field(default=None, description="Its default, beyond the kind's own.")
+
+
+class RollbackRequest(Sent):
+    generation: str = Field(pattern=r"^[0-9A-Za-z-]{1,64}$")
+
+
+class Job(Wire):
+    """Work that goes on after its request was answered."""
+
+    id: str
+    collection: str
+    status: Literal["running", "done", "failed"]
+    generation: str | None = Field(default=None, description="What it built, once it serves.")
+    error: str | None = None
+
+
+class AliasRequest(Sent):
+    collection: CollectionName
+
+
+class Aliases(Wire):
+    aliases: dict[str, str] = Field(description="The collection that each alias stands for.")
 
 
 # --- generator ---------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def query_to_wire(query: RetrieveQuery, form: Form) -> tuple[bytes, str]:
     """Body and Content-Type."""
-    options = {name: getattr(query, name) for name in RetrieveOptions.model_fields}
+    options = RetrieveOptions(**{name: getattr(query, name) for name in RetrieveOptions.model_fields}).model_dump()
     if form == "arrow":
         return arrow.write_stream({"vector": arrow.vector_array(query.vectors)}, {"options": options}), ARROW_TYPE
     return to_json({"vectors": json_array(query.vectors, form), **options}), JSON_TYPE

@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from shared.errors import NotFound, RagError, error_to_wire
 from shared.retrieval import Float32Array, RetrieveQuery, RetrieveResult
-from shared.schemas import CollectionInfo, IndexInfo, Passage
+from shared.schemas import CollectionInfo, IndexInfo, Passage, SearchParams
 from shared.vectors import query_from_wire, response_form, result_to_wire
 
 Fault = Callable[[RetrieveQuery], Awaitable[Response | None]]
@@ -70,6 +70,9 @@ class SmallRetriever:
             generation=self.index.generation,
             encoder=self.index.encoder,
             kind="flat",
+            factory="Flat",
+            search_params=SearchParams(),
+            version=0,
             metric="inner_product",
             dimension=self.embeddings.shape[1],
             count=len(self.embeddings),

@@ -6,7 +6,7 @@ the two equal. What is left out is not sent, so that the service's own default h
 
 from typing import Literal, TypedDict
 
-from shared.schemas import OwnPassage, Strategy
+from shared.schemas import OwnPassage, SearchParams, Strategy
 
 
 class EncodeOptions(TypedDict, total=False):
@@ -47,3 +47,4 @@ class RetrieveOptions(EncodeOptions, total=False):
     collection: str
     return_embeds: bool
     return_passages: bool
+    search_params: SearchParams | None

@@ -20,7 +20,8 @@ import pytest
 from retriever_svc import ranking
 from retriever_svc.app import create_app
 from retriever_svc.build import build_collection
-from retriever_svc.index import CUDA_MAX_HITS, FlatBuilder, FlatIndex, GpuStorage
+from retriever_svc.index import CUDA_MAX_HITS, PRESETS, GpuStorage, Index, IndexBuilder
+from retriever_svc.ranking import Ranked, Segment
 from retriever_svc.settings import RetrieverSettings
 from shared.errors import StartupError
 from tests.retriever_data import passage_table, random_embeddings, source_of, tied_embeddings
@@ -35,15 +36,31 @@ pytestmark = [
 N, D = 20_000, 256
 
 
-def both(embeddings_ND: np.ndarray, folder: Path, storage: GpuStorage = "float32") -> tuple[FlatIndex, FlatIndex]:
+def both(
+    embeddings_ND: np.ndarray, folder: Path, storage: GpuStorage = "float32", kind: str = "flat"
+) -> tuple[Index, Index]:
     """One index file, read for the CPU and for the GPU."""
-    builder = FlatBuilder(embeddings_ND.shape[1])
-    builder.add(embeddings_ND.astype(np.float32))
-    builder.write(folder / "index.faiss")
-    return (
-        FlatIndex.read(folder / "index.faiss", device="cpu"),
-        FlatIndex.read(folder / "index.faiss", device="cuda", gpu_storage=storage),
-    )
+    builder = IndexBuilder(folder, embeddings_ND.shape[1], "float32", kind)
+    builder.add(embeddings_ND)
+    builder.write()
+    return Index.read(folder, device="cpu"), Index.read(folder, device="cuda", gpu_storage=storage)
+
+
+def search(
+    index: Index, ids: np.ndarray, largest_norm: float, queries_BD: np.ndarray, n_docs: list[int]
+) -> list[Ranked]:
+    params = PRESETS["ivf-pq"].params(index.count)
+    return ranking.search([Segment(0, index, ids, largest_norm)], queries_BD, n_docs, params)
+
+
+@pytest.mark.parametrize("kind", [name for name in PRESETS if name != "flat"])
+def test_every_kind_finds_on_the_gpu_what_it_finds_on_the_cpu(kind: str, tmp_path: Path) -> None:
+    embeddings_ND = random_embeddings(N, D)
+    cpu, gpu = both(embeddings_ND, tmp_path, kind=kind)
+    args = (np.arange(N), max_norm(embeddings_ND), random_embeddings(64, D, seed=1), [5] * 64)
+    pairs = list(zip(search(gpu, *args), search(cpu, *args), strict=True))
+    shared = sum(len(set(on_gpu.rows) & set(on_cpu.rows)) for on_gpu, on_cpu in pairs)
+    assert shared >= 0.98 * 5 * len(pairs)
 
 
 def max_norm(embeddings_ND: np.ndarray) -> float:
@@ -63,7 +80,7 @@ def test_the_same_documents_scores_and_embeddings_as_on_the_cpu(n_queries: int, 
     assert gpu.device == "cuda:0 (float32)"
     queries_BD, wanted = random_embeddings(n_queries, D, seed=1), [n_docs] * n_queries
     args = (np.arange(N), max_norm(embeddings_ND), queries_BD, wanted)
-    for found, expected in zip(ranking.search(gpu, *args), ranking.search(cpu, *args), strict=True):
+    for found, expected in zip(search(gpu, *args), search(cpu, *args), strict=True):
         np.testing.assert_array_equal(found.rows, expected.rows)
         np.testing.assert_array_equal(found.scores, expected.scores)
         np.testing.assert_array_equal(found.embeddings, expected.embeddings)
@@ -74,7 +91,7 @@ def test_equal_scores_come_in_the_same_order_as_on_the_cpu(tmp_path: Path) -> No
     cpu, gpu = both(embeddings_ND, tmp_path)
     ids = np.random.default_rng(2).permutation(1500).astype(np.int64)
     args = (ids, max_norm(embeddings_ND), tied_embeddings(20, 4, seed=1), [10] * 20)
-    for found, expected in zip(ranking.search(gpu, *args), ranking.search(cpu, *args), strict=True):
+    for found, expected in zip(search(gpu, *args), search(cpu, *args), strict=True):
         np.testing.assert_array_equal(found.rows, expected.rows)
 
 
@@ -96,9 +113,7 @@ def test_half_precision_storage_misses_only_what_is_near_the_cut(tmp_path: Path)
     largest, queries_BD = max_norm(embeddings_ND), random_embeddings(64, D, seed=1)
     args = (np.arange(N), largest, queries_BD, [10] * 64)
     hits = 0
-    for query_D, found, expected in zip(
-        queries_BD, ranking.search(gpu, *args), ranking.search(cpu, *args), strict=True
-    ):
+    for query_D, found, expected in zip(queries_BD, search(gpu, *args), search(cpu, *args), strict=True):
         np.testing.assert_array_equal(found.scores, ranking.inner_products(query_D, embeddings_ND[found.rows]))
         assert np.all(expected.scores - found.scores <= 2 * half_precision_error(query_D, largest))
         hits += len(set(found.rows) & set(expected.rows))
@@ -107,7 +122,7 @@ def test_half_precision_storage_misses_only_what_is_near_the_cut(tmp_path: Path)
 
 def test_a_search_wider_than_faiss_can_select_is_narrowed(tmp_path: Path) -> None:
     _, gpu = both(np.ones((CUDA_MAX_HITS + 500, 4), np.float32), tmp_path)
-    (found,) = ranking.search(gpu, np.arange(gpu.count), 2.0, np.ones((1, 4), np.float32), [1000])
+    (found,) = search(gpu, np.arange(gpu.count), 2.0, np.ones((1, 4), np.float32), [1000])
     assert len(found.rows) == 1000
     assert gpu.max_hits == CUDA_MAX_HITS
 

@@ -191,11 +191,11 @@ async def test_requests_that_share_a_search_get_their_own_answers(
 
     def watch(items: list[SearchItem], *rest: Any) -> Any:
         batches.append(len(items))
-        return search_batch(items, *rest)
+        return run_batch(items, *rest)
 
-    from retriever_svc.search import search_batch  # noqa: PLC0415  the real one, before it is watched
+    from retriever_svc.search import run_batch  # noqa: PLC0415  the real one, before it is watched
 
-    monkeypatch.setattr("retriever_svc.retriever.search_batch", watch)
+    monkeypatch.setattr("retriever_svc.retriever.run_batch", watch)
     rng = np.random.default_rng(7)
     queries = [
         RetrieveQuery(
@@ -386,12 +386,14 @@ async def test_collections_and_passages_can_be_read(client: httpx.AsyncClient) -
         ("/v1/collections/other/passages/1", 404, "collection"),
         ("/v1/collections/default/passages/123456", 404, "passage_id"),
         (f"/v1/collections/default/passages/{2**63}", 422, "passage_id"),
-        ("/v1/collections/default/passages/-1", 422, "passage_id"),
-        ("/v1/collections/default/passages/first", 422, "passage_id"),
+        ("/v1/collections/default/passages/-1", 404, None),
+        ("/v1/collections/default/passages/first", 404, None),
         ("/v1/collections/Default", 422, "collection"),
     ],
 )
-async def test_what_is_not_there_is_said_by_name(client: httpx.AsyncClient, path: str, status: int, param: str) -> None:
+async def test_what_is_not_there_is_said_by_name(
+    client: httpx.AsyncClient, path: str, status: int, param: str | None
+) -> None:
     response = await client.get(path)
     assert (response.status_code, response.json()["error"]["param"]) == (status, param)
 
@@ -439,7 +441,7 @@ async def test_a_dead_worker_turns_readyz_red_and_fails_requests(
     def lose_the_device(*_: Any) -> None:
         raise _DeviceLostError
 
-    monkeypatch.setattr("retriever_svc.retriever.search_batch", lose_the_device)
+    monkeypatch.setattr("retriever_svc.retriever.run_batch", lose_the_device)
     first = await client.post("/v1/retrieve", json={"vectors": ONE})
     second = await client.post("/v1/retrieve", json={"vectors": ONE})
     assert [first.status_code, second.status_code] == [503, 503]

@@ -18,6 +18,7 @@ import pytest
 from retriever_svc import generation as gen
 from retriever_svc.build import TEMPORARY, build_collection
 from retriever_svc.collection import Collection
+from retriever_svc.index import INDEX
 from shared.errors import InvalidRequest, NotFound, StartupError
 from tests.retriever_data import passage_table, random_embeddings, source_of, text, title, write_seed
 
@@ -189,7 +190,7 @@ def sealed_files(folder: Path) -> list[str]:
 def test_every_file_of_a_generation_is_sealed(folder: Path) -> None:
     there = {str(p.relative_to(current(folder))) for p in current(folder).rglob("*") if p.is_file()}
     assert set(sealed_files(folder)) == there - {gen.MANIFEST}
-    assert gen.INDEX in there
+    assert INDEX in there
 
 
 def flip_a_bit(path: Path) -> None:
@@ -226,12 +227,12 @@ def edit_manifest(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format": 2}, "has format 2, this version reads format 1"),
+        ({"format": 3}, "has format 3, this version reads format 2"),
         ({"format": None}, "has format None"),
         ({"dimension": 9}, r"holds 30 x 8 float32 where .* says 30 x 9"),
         ({"count": 31}, r"holds 30 x 8 float32 where .* says 31 x 8"),
         ({"dtype": "float16"}, r"passages\.lance holds 30 x 8 float32 where .* says 30 x 8 float16"),
-        ({"kind": "hnsw"}, "damaged at `kind`"),
+        ({"kind": None}, "damaged at `kind`"),
         ({"files": {"index.faiss": {}}}, r"damaged at `files\.index\.faiss"),
         ({"unknown": 1}, "damaged at `unknown`"),
     ],

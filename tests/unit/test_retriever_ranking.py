@@ -9,16 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retriever_svc import ranking
-from retriever_svc.index import FlatBuilder, FlatIndex, use_threads
+from retriever_svc.index import Index, IndexBuilder, use_threads
+from retriever_svc.ranking import Ranked, Segment
 from shared.errors import StartupError
+from shared.schemas import SearchParams
 from tests.retriever_data import brute_force, random_embeddings, tied_embeddings
 
 
-def index_of(embeddings_ND: np.ndarray, folder: Path) -> FlatIndex:
-    builder = FlatBuilder(embeddings_ND.shape[1])
-    builder.add(embeddings_ND.astype(np.float32))
-    builder.write(folder / "index.faiss")
-    return FlatIndex.read(folder / "index.faiss", device="cpu")
+def index_of(embeddings_ND: np.ndarray, folder: Path, kind: str = "flat") -> Index:
+    builder = IndexBuilder(folder, embeddings_ND.shape[1], "float32", kind)
+    builder.add(embeddings_ND)
+    builder.write()
+    return Index.read(folder, device="cpu")
+
+
+def search(
+    index: Index, ids: np.ndarray, embeddings_ND: np.ndarray, queries_BD: np.ndarray, n_docs: list[int]
+) -> list[Ranked]:
+    return ranking.search([Segment(0, index, ids, max_norm(embeddings_ND))], queries_BD, n_docs, SearchParams())
 
 
 def max_norm(embeddings_ND: np.ndarray) -> float:
@@ -49,7 +57,7 @@ def test_search_equals_brute_force(
     ids = np.random.default_rng(seed).permutation(10 * n)[:n].astype(np.int64)
 
     index = index_of(embeddings_ND, tmp_path_factory.mktemp("index"))
-    found = ranking.search(index, ids, max_norm(embeddings_ND), queries_BD, [n_docs] * n_queries)
+    found = search(index, ids, embeddings_ND, queries_BD, [n_docs] * n_queries)
 
     want_ids, want_scores, want_rows = brute_force(queries_BD, embeddings_ND, ids, n_docs)
     for b, ranked in enumerate(found):
@@ -61,9 +69,7 @@ def test_search_equals_brute_force(
 def test_each_query_gets_its_own_number_of_documents(tmp_path: Path) -> None:
     embeddings_ND = random_embeddings(40, 6)
     index = index_of(embeddings_ND, tmp_path)
-    found = ranking.search(
-        index, np.arange(40), max_norm(embeddings_ND), random_embeddings(3, 6, seed=1), [1, 25, 1000]
-    )
+    found = search(index, np.arange(40), embeddings_ND, random_embeddings(3, 6, seed=1), [1, 25, 1000])
     assert [len(ranked.rows) for ranked in found] == [1, 25, 40]
 
 
@@ -71,7 +77,7 @@ def test_of_more_equal_documents_than_were_fetched_the_lowest_ids_come(tmp_path:
     embeddings_ND = np.ones((500, 4), np.float32)
     ids = np.arange(500)[::-1].copy()  # faiss prefers low rows: here those have the high ids
     index = index_of(embeddings_ND, tmp_path)
-    found = ranking.search(index, ids, 2.0, np.ones((1, 4), np.float32), [3])
+    found = search(index, ids, embeddings_ND, np.ones((1, 4), np.float32), [3])
     assert ids[found[0].rows].tolist() == [0, 1, 2]
 
 
@@ -86,7 +92,7 @@ def test_near_ties_that_float32_sums_misjudge_are_settled_exactly(tmp_path: Path
 
     index = index_of(embeddings_ND, tmp_path)
     ids = np.arange(300)
-    found = ranking.search(index, ids, max_norm(embeddings_ND), queries_BD, [3] * 20)
+    found = search(index, ids, embeddings_ND, queries_BD, [3] * 20)
     want_ids, want_scores, _ = brute_force(queries_BD, embeddings_ND, ids, 3)
     assert [ranked.rows.tolist() for ranked in found] == want_ids.tolist()
     np.testing.assert_array_equal(np.stack([ranked.scores for ranked in found]), want_scores)
@@ -117,20 +123,27 @@ def test_a_score_is_the_true_inner_product_rounded_once() -> None:
 def test_a_file_that_is_no_index_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "index.faiss").write_bytes(b"not an index")
     with pytest.raises(StartupError, match=r"index\.faiss"):
-        FlatIndex.read(tmp_path / "index.faiss")
+        Index.read(tmp_path)
 
 
-@pytest.mark.parametrize("other", [faiss.IndexFlatL2(4), faiss.IndexHNSWFlat(4, 8, faiss.METRIC_INNER_PRODUCT)])
-def test_an_index_of_another_kind_or_metric_is_refused(other: faiss.Index, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("other", "because"),
+    [
+        (faiss.IndexFlatL2(4), "not by inner product"),
+        (faiss.IndexPQ(4, 2, 8, faiss.METRIC_INNER_PRODUCT), "IndexPQ"),
+        (faiss.IndexHNSWFlat(4, 8, faiss.METRIC_INNER_PRODUCT), "does not hold the embeddings"),
+    ],
+)
+def test_an_index_of_another_kind_or_metric_is_refused(other: faiss.Index, because: str, tmp_path: Path) -> None:
     faiss.write_index(other, str(tmp_path / "index.faiss"))
-    with pytest.raises(StartupError, match="not a flat inner-product index"):
-        FlatIndex.read(tmp_path / "index.faiss")
+    with pytest.raises(StartupError, match=because):
+        Index.read(tmp_path)
 
 
 def test_a_gpu_that_is_demanded_and_missing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("faiss.get_num_gpus", lambda: 0)
     with pytest.raises(StartupError, match="sees no GPU"):
-        FlatIndex.read(tmp_path / "index.faiss", device="cuda")
+        Index.read(tmp_path, device="cuda")
 
 
 def test_zero_threads_chooses_and_another_number_is_kept() -> None:

@@ -1,0 +1,21 @@
+"""The faiss index of a generation: its kinds, how it is built, and how it is searched."""
+
+from retriever_svc.index.building import EMBEDDINGS, INDEX, IndexBuilder
+from retriever_svc.index.faiss_index import CUDA_MAX_HITS, Device, GpuStorage, Index, use_threads
+from retriever_svc.index.kinds import FLAT, PRESETS, Recipe, merged, recipe
+
+__all__ = [
+    "CUDA_MAX_HITS",
+    "EMBEDDINGS",
+    "FLAT",
+    "INDEX",
+    "PRESETS",
+    "Device",
+    "GpuStorage",
+    "Index",
+    "IndexBuilder",
+    "Recipe",
+    "merged",
+    "recipe",
+    "use_threads",
+]

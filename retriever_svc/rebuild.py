@@ -1,0 +1,77 @@
+"""Builds the next generation of a collection from the one that serves and the changes since.
+
+    python -m retriever_svc.rebuild FOLDER GENERATION UPTO [KIND [SEARCH_PARAMS]]
+
+A process of its own, of low priority: a search must not wait for it. Prints the name of what it built.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from retriever_svc import generation as gen
+from retriever_svc.build import Options, build_collection
+from retriever_svc.changes import Upsert, read_changes, to_batch
+from retriever_svc.delta import Delta
+from retriever_svc.passages import PassageTable, passage_schema
+from retriever_svc.source import BATCH_ROWS, Source
+from shared.schemas import SearchParams
+
+NICENESS = 10
+
+
+def rebuild(
+    folder: Path, generation: str, upto: int, kind: str | None = None, params: SearchParams | None = None
+) -> str:
+    """The new generation's name; it is the current one then.
+
+    ``kind`` and ``params``: those of the generation, where they are None; a new kind has its own.
+    """
+    old = folder / gen.GENERATIONS / generation
+    manifest = gen.read_manifest(old)
+    if kind is None:
+        kind, params = manifest.kind, params or manifest.search_params
+    passages = PassageTable.open(old / gen.PASSAGES, manifest.passages_version)
+    delta = Delta(passages, manifest.dimension)
+    for _, change in read_changes(folder, manifest.lineage, after=manifest.applied, upto=upto):
+        delta.apply(change)
+    source = Source(
+        passage_schema(manifest.dimension, manifest.dtype),
+        _batches(passages, delta, manifest.dtype),
+        manifest.encoder,
+        count=manifest.count - delta.n_base_dead + delta.count,
+        attribution=manifest.attribution,
+    )
+    options = Options(kind, params, lineage=manifest.lineage, applied=upto)
+    return build_collection(folder, source, options=options)
+
+
+def _batches(passages: PassageTable, delta: Delta, dtype: str) -> Iterator[pa.RecordBatch]:
+    first = 0
+    for batch in passages.batches(BATCH_ROWS):
+        alive = ~delta.base_dead[first : first + len(batch)]
+        first += len(batch)
+        yield batch if alive.all() else batch.filter(pa.array(alive))
+    rows = delta.alive()
+    for part in np.array_split(rows, max(1, -(-len(rows) // BATCH_ROWS))):
+        if len(part):
+            found = [delta.passage(row) for row in part.tolist()]
+            ids = np.array([passage.id for passage in found], np.int64)
+            titles, texts = [passage.title for passage in found], [passage.text for passage in found]
+            yield to_batch(Upsert(ids, titles, texts, delta.embeddings(part)), dtype)
+
+
+def main() -> None:
+    folder, generation, upto, *rest = sys.argv[1:]
+    kind = rest[0] if rest else None
+    params = SearchParams.model_validate_json(rest[1]) if len(rest) > 1 else None
+    os.nice(NICENESS)
+    sys.stdout.write(rebuild(Path(folder), generation, int(upto), kind or None, params) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Collections that change while they serve: a state machine drives the real service over HTTP, beside a model of it."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from retriever_svc.build import Options, build_collection
+from retriever_svc.collection import Collection
+from retriever_svc.ranking import inner_products
+from shared.arrow import vector_array, write_stream
+from shared.retrieval import RetrieveQuery
+from shared.vectors import ARROW_TYPE, query_to_wire, result_from_wire
+from tests.retriever_data import passage_table, random_embeddings, source_of, text, title
+from tests.retriever_process import RetrieverProcess
+
+D = 8
+N = 700
+KINDS = {"flat": "flat", "half": "flat-fp16", "graph": "hnsw", "lists": "ivf-flat", "codes": "ivf-pq"}
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RetrieverProcess]:
+    data = tmp_path_factory.mktemp("living") / "data"
+    for name, kind in KINDS.items():
+        source = source_of(passage_table(random_embeddings(N, D, dtype="float16")), batch_rows=100)
+        build_collection(data / "collections" / name, source, options=Options(kind=kind))
+    service = RetrieverProcess(data, rebuild_after=400).start()
+    yield service
+    assert service.stop() == 0, service.log.read_text()[-4000:]
+    assert "request_crashed" not in service.log.read_text()
+    for name in KINDS:  # every checksum holds, and the log can be read to its end
+        Collection.open(data / "collections" / name, device="cpu")
+
+
+class Model:
+    """What a collection must hold: passages by id."""
+
+    def __init__(self) -> None:
+        embeddings = random_embeddings(N, D, dtype="float16").astype(np.float32)
+        self.embeddings = dict(enumerate(embeddings))
+        self.texts = {i: (title(i), text(i)) for i in range(N)}
+        self.version = 0
+        self.renamed = 0
+
+    def upsert(self, passage_id: int, words: tuple[str, str], embedding: np.ndarray) -> None:
+        self.embeddings[passage_id] = embedding.astype(np.float16).astype(np.float32)
+        self.texts[passage_id] = words
+
+    def delete(self, ids: list[int]) -> int:
+        found = [i for i in set(ids) if i in self.embeddings]
+        for i in found:
+            del self.embeddings[i], self.texts[i]
+        return len(found)
+
+
+MODELS = {name: Model() for name in KINDS}
+
+
+class Living(RuleBasedStateMachine):
+    """Every rule acts on the service and on the model; the search that follows must agree."""
+
+    url: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+
+    def teardown(self) -> None:
+        self.http.close()
+
+    def call(self, method: str, path: str, **options: Any) -> Any:
+        response = self.http.request(method, path, **options)
+        assert response.is_success, response.text
+        return response.json()
+
+    names = st.sampled_from(list(KINDS))
+    seeds = st.integers(0, 2**32 - 1)
+
+    @rule(name=names, seed=seeds, n=st.integers(1, 60), arrow=st.booleans())
+    def upsert(self, name: str, seed: int, n: int, arrow: bool) -> None:
+        dice, model = np.random.default_rng(seed), MODELS[name]
+        ids: list[int | None] = [int(i) for i in dice.choice(2 * N, n, replace=False)]
+        ids = [None if dice.random() < 0.2 else i for i in ids]
+        embeddings = random_embeddings(n, D, seed=seed)
+        words = [(f"T{seed}-{i}", f"text {i} “é”") for i in range(n)]
+        path = f"/v1/collections/{name}/passages"
+        if arrow:
+            columns = {
+                "id": pa.array(ids, pa.int64()),
+                "title": pa.array([w[0] for w in words]),
+                "text": pa.array([w[1] for w in words]),
+                "embedding": vector_array(embeddings),
+            }
+            body = write_stream(columns, {})
+            written = self.call("POST", path, content=body, headers={"Content-Type": ARROW_TYPE})
+        else:
+            rows = zip(ids, words, embeddings.tolist(), strict=True)
+            passages = [
+                {"title": w[0], "text": w[1], "embedding": e} | ({} if i is None else {"id": i}) for i, w, e in rows
+            ]
+            written = self.call("POST", path, json={"passages": passages})
+        assert [a for a, b in zip(written["ids"], ids, strict=True) if b is not None] == [
+            i for i in ids if i is not None
+        ]
+        fresh = [a for a, b in zip(written["ids"], ids, strict=True) if b is None]
+        assert len(set(written["ids"])) == n
+        assert not set(fresh) & set(model.embeddings)
+        assert written["gone"] == sum(i in model.embeddings for i in written["ids"])
+        assert written["version"] == model.version + 1
+        model.version += 1
+        for i, w, e in zip(written["ids"], words, embeddings, strict=True):
+            model.upsert(i, w, e)
+
+    @rule(name=names, seed=seeds, n=st.integers(1, 80))
+    def delete(self, name: str, seed: int, n: int) -> None:
+        dice, model = np.random.default_rng(seed), MODELS[name]
+        ids = [int(i) for i in dice.integers(0, 2 * N, n)]
+        written = self.call("POST", f"/v1/collections/{name}/passages/delete", json={"ids": ids})
+        assert written["gone"] == model.delete(ids)
+        model.version += 1
+
+    @rule(name=names, seed=seeds)
+    def delete_one(self, name: str, seed: int) -> None:
+        model = MODELS[name]
+        passage_id = int(np.random.default_rng(seed).integers(0, 2 * N))
+        response = self.http.delete(f"/v1/collections/{name}/passages/{passage_id}")
+        assert response.status_code == (200 if passage_id in model.embeddings else 404)
+        model.delete([passage_id])
+        model.version += 1
+
+    @rule(name=names)
+    def build(self, name: str) -> None:
+        response = self.http.post(f"/v1/collections/{name}/generations", json={})
+        assert response.status_code in {202, 409}, response.text
+        if response.status_code == 202:
+            job = self.finished(response.json()["id"])
+            assert job["status"] == "done", job
+
+    def finished(self, job_id: str) -> Any:
+        for _ in range(600):
+            job = self.call("GET", f"/v1/jobs/{job_id}")
+            if job["status"] != "running":
+                return job
+            time.sleep(0.05)
+        raise AssertionError("the job does not end")
+
+    @rule(name=names)
+    def roll_back(self, name: str) -> None:
+        """Within a lineage, an earlier generation holds the same passages: the changes since are applied to it."""
+        found = self.call("GET", f"/v1/collections/{name}/generations")["generations"]
+        assert sum(one["current"] for one in found) == 1
+        response = self.http.post(f"/v1/collections/{name}/rollback", json={"generation": found[-1]["generation"]})
+        assert response.status_code in {200, 404, 409}  # the background may have removed it
+
+    @rule(name=names, seed=seeds, n_docs=st.integers(1, 30), n_queries=st.integers(1, 5))
+    def search(self, name: str, seed: int, n_docs: int, n_queries: int) -> None:
+        model, queries = MODELS[name], random_embeddings(n_queries, D, seed=seed)
+        query = RetrieveQuery(queries, n_docs=n_docs, collection=name)
+        body, content_type = query_to_wire(query, "arrow")
+        response = self.http.post(
+            "/v1/retrieve", content=body, headers={"Content-Type": content_type, "Accept": ARROW_TYPE}
+        )
+        found = result_from_wire(response.content, response.headers["content-type"])
+        ids = np.array(sorted(model.embeddings), np.int64)
+        stored = np.array([model.embeddings[i] for i in ids.tolist()]).reshape(-1, D)
+        for b, query_D in enumerate(queries):
+            got = found.doc_ids[b].tolist()
+            assert len(got) == len(set(got)) == min(n_docs, len(ids))
+            assert set(got) <= set(model.embeddings)
+            assert found.doc_embeds is not None
+            assert found.docs is not None
+            expected = np.array([model.embeddings[i] for i in got]).reshape(-1, D)
+            np.testing.assert_array_equal(found.doc_embeds[b], expected)
+            np.testing.assert_array_equal(found.doc_scores[b], inner_products(query_D, expected))
+            assert [(p.id, p.title, p.text) for p in found.docs[b]] == [(i, *model.texts[i]) for i in got]
+            if name == "flat":
+                scores = inner_products(query_D, stored)
+                assert got == ids[np.lexsort((ids, -scores))][:n_docs].tolist()
+
+    @rule(name=names, seed=seeds)
+    def read_one(self, name: str, seed: int) -> None:
+        model, passage_id = MODELS[name], int(np.random.default_rng(seed).integers(0, 2 * N))
+        response = self.http.get(f"/v1/collections/{name}/passages/{passage_id}")
+        if passage_id in model.texts:
+            assert (response.json()["title"], response.json()["text"]) == model.texts[passage_id]
+        else:
+            assert response.status_code == 404
+
+    @invariant()
+    def counts_and_versions_are_right(self) -> None:
+        for info in self.call("GET", "/v1/collections")["collections"]:
+            assert (info["count"], info["version"]) == (len(MODELS[info["name"]].texts), MODELS[info["name"]].version)
+
+
+def test_every_kind_stays_true_whatever_is_done_to_it(service: RetrieverProcess) -> None:
+    Living.url = service.url
+    run_state_machine_as_test(
+        Living, settings=settings(max_examples=25, stateful_step_count=30, deadline=None, print_blob=True)
+    )
