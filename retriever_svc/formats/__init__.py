@@ -1,0 +1,1 @@
+"""Foreign formats of passages and embeddings, read as streams that a collection can be built from."""
