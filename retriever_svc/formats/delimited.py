@@ -1,0 +1,92 @@
+"""Passages in TSV and CSV, read by the ``csv`` module as DPR reads its ``psgs_w100.tsv``.
+
+The header names the columns: ``title``, ``text``, and ``id`` where there are ids; others are passed over. DPR's file
+may lack its header, its columns are then id, text, title (DPR's ``CsvCtxSrc``).
+"""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from retriever_svc.formats.lines import LINE_LIMIT, read_lines
+from retriever_svc.formats.passages import INTEGER, Row, parse_id, refusal
+
+DPR_COLUMNS = ["id", "text", "title"]
+END = "\x1c end of the file"
+"""A line put after the last: where it does not come out as a row of its own, a quote was never closed."""
+
+
+def read_tsv(path: Path) -> Iterator[tuple[str, Row]]:
+    """Rows of a TSV file. Line ends are read as Python's text mode does, which is how DPR opens the file.
+
+    Raises: InvalidRequest: names line and column.
+    """
+    return _read(path, _translated(path), "\t")
+
+
+def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
+    """Rows of a CSV file; a quoted field keeps its line ends.
+
+    Raises: InvalidRequest: names line and column.
+    """
+    return _read(path, (line for _, line in read_lines(path)), ",")
+
+
+def _translated(path: Path) -> Iterator[str]:
+    for _, line in read_lines(path):
+        if "\r" not in line:
+            yield line
+            continue
+        parts = line.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        yield from (f"{part}\n" for part in parts[:-1])
+
+
+def _read(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[tuple[str, Row]]:
+    records = _records(path, lines, delimiter)
+    line, header = next(records, (0, []))
+    if not header:
+        raise refusal(path, "is empty, where a header with title and text is expected")
+    if delimiter == "\t" and len(header) == len(DPR_COLUMNS) and INTEGER.fullmatch(header[0]):
+        columns = DPR_COLUMNS
+        yield f"line {line}", _row(path, line, header, columns)
+    else:
+        columns = [name.strip() for name in header]
+        for name in ("title", "text"):
+            if columns.count(name) != 1:
+                raise refusal(path, f"the header must name one column `{name}`; it has {str(columns)[:200]}", name)
+        if columns.count("id") > 1:
+            raise refusal(path, "the header names `id` more than once", "id")
+    for line, record in records:
+        yield f"line {line}", _row(path, line, record, columns)
+
+
+def _row(path: Path, line: int, record: list[str], columns: list[str]) -> Row:
+    if len(record) != len(columns):
+        missing = columns[len(record)] if len(record) < len(columns) else None
+        says = f"line {line} has {len(record)} columns, expected are {len(columns)}: {', '.join(columns)}"
+        raise refusal(path, says, missing)
+    passage_id = parse_id(path, f"line {line}", record[columns.index("id")]) if "id" in columns else None
+    return passage_id, record[columns.index("title")], record[columns.index("text")]
+
+
+def _records(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """``(line, fields)``, the line being the one where the record begins; blank lines are passed over."""
+
+    def with_end() -> Iterator[str]:
+        yield from lines
+        yield END
+
+    # The module's limit holds for the whole process. It is a limit on memory, which LINE_LIMIT keeps in its place.
+    csv.field_size_limit(LINE_LIMIT)
+    reader = csv.reader(with_end(), delimiter=delimiter)
+    begins = 1
+    try:
+        for record in reader:
+            ended = record == [END]
+            if record and not ended:
+                if record[-1].endswith(END):
+                    raise refusal(path, f"a quote in the record that begins in line {begins} is never closed")
+                yield begins, record
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        raise refusal(path, f"the record that begins in line {begins} cannot be read: {error}") from error
