@@ -41,6 +41,11 @@ class ShardedTable:
     schema: pa.Schema
     count: int
 
+    @property
+    def path(self) -> Path:
+        """The file, or the folder of several: what an error about all of it names."""
+        return self.paths[0] if len(self.paths) == 1 else self.paths[0].parent
+
     def parts(self, columns: Sequence[str]) -> Iterator[Part]:
         """Rows of the named columns, at most ``BATCH_ROWS`` at a time.
 
@@ -96,7 +101,7 @@ def passage_batches(table: ShardedTable) -> Iterator[pa.RecordBatch]:
 
     Raises: InvalidRequest: names file, row and column.
     """
-    unique = UniqueIds(table.paths[0].parent)
+    unique = UniqueIds(table.path)
     row = 0
     for part in table.parts(passage_columns(table)):
         batch = passages_of(part, row)

@@ -22,7 +22,7 @@ from retriever_svc.formats.arrow_files import in_order
 from retriever_svc.formats.dpr_passages import PassagesById, id_of
 from retriever_svc.formats.embedded import Imported
 from retriever_svc.formats.faiss_file import L2, FaissHeader, StoredVectors, check_index, read_header
-from retriever_svc.formats.passages import Rereadable, UniqueIds, refusal
+from retriever_svc.formats.passages import Rereadable, UniqueIds, refusal, shown
 from retriever_svc.formats.unpickle import safe_load
 from retriever_svc.formats.vectors import STORED_AS, check_vectors, fixed_size, source_schema, with_embeddings
 from retriever_svc.source import BATCH_ROWS, Source
@@ -143,7 +143,7 @@ class _Shards:
         ids, vectors = [], []
         for number, entry in enumerate(rows, start):
             if not isinstance(entry, tuple | list) or len(entry) < 2 or not isinstance(entry[1], np.ndarray):
-                raise refusal(path, f"row {number} is no (id, vector): {str(entry)[:80]}", "embedding")
+                raise refusal(path, f"row {number} is no (id, vector): {shown(entry)}", "embedding")
             ids.append(id_of(path, f"row {number}", entry[0], self._id_prefix))
             vector_1D = entry[1].reshape(1, -1)
             check_vectors(path, f"the vector of row {number}", vector_1D, dimension)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from retriever_svc.formats.passages import PASSAGE_SCHEMA, Row, batches_of_rows, parse_id, refusal
+from retriever_svc.formats.passages import PASSAGE_SCHEMA, Row, batches_of_rows, parse_id, refusal, shown
 from retriever_svc.formats.texts import read_passages
 from retriever_svc.formats.unpickle import safe_load
 from shared.retrieval import Int64Array
@@ -74,7 +74,7 @@ def _pickled(path: Path, id_prefix: str, first: int) -> Iterator[tuple[str, Row]
     loaded = safe_load(path)
     if isinstance(loaded, dict):
         for key, entry in loaded.items():
-            where = f"entry {str(key)[:40]!r}"
+            where = f"entry {shown(key)}"
             yield where, (id_of(path, where, key, id_prefix), *_title_and_text(path, where, entry))
     elif isinstance(loaded, list):
         for number, entry in enumerate(loaded, first):
@@ -85,7 +85,7 @@ def _pickled(path: Path, id_prefix: str, first: int) -> Iterator[tuple[str, Row]
 
 def _title_and_text(path: Path, where: str, entry: Any) -> tuple[str, str]:
     if not isinstance(entry, tuple | list) or len(entry) != 2:
-        raise refusal(path, f"{where} is no (text, title): {str(entry)[:80]}")
+        raise refusal(path, f"{where} is no (text, title): {shown(entry)}")
     text, title = entry
     for name, value in (("text", text), ("title", title)):
         if not isinstance(value, str):

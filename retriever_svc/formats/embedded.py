@@ -22,6 +22,7 @@ from retriever_svc.formats.vectors import (
     source_schema,
     with_embeddings,
 )
+from retriever_svc.generation import file_sha256
 from retriever_svc.source import Source
 
 
@@ -62,7 +63,8 @@ def read_embedded(path: Path, encoder: str, index_path: Path | None = None) -> I
         stored = StoredVectors(index_path)
         batches = Rereadable(lambda: _reconstructed_batches(table, stored))
     passage_columns(table)
-    return Imported(Source(source_schema(kind, dimension), batches, encoder, table.count), index)
+    sha256 = file_sha256(path) if path.is_file() else None
+    return Imported(Source(source_schema(kind, dimension), batches, encoder, table.count, sha256), index)
 
 
 def _open(path: Path) -> ShardedTable:
@@ -78,7 +80,7 @@ def _open(path: Path) -> ShardedTable:
 
 
 def _embedded_batches(table: ShardedTable, kind: pa.DataType, dimension: int) -> Iterator[pa.RecordBatch]:
-    unique = UniqueIds(table.paths[0].parent)
+    unique = UniqueIds(table.path)
     row = 0
     for part in table.parts([*passage_columns(table), EMBEDDINGS]):
         passages = passages_of(part, row)
@@ -89,7 +91,7 @@ def _embedded_batches(table: ShardedTable, kind: pa.DataType, dimension: int) ->
 
 
 def _reconstructed_batches(table: ShardedTable, stored: StoredVectors) -> Iterator[pa.RecordBatch]:
-    unique = UniqueIds(table.paths[0].parent)
+    unique = UniqueIds(table.path)
     row = 0
     for part in table.parts(passage_columns(table)):
         passages = passages_of(part, row)

@@ -76,6 +76,15 @@ def refusal(path: Path, says: str, column: str | None = None) -> InvalidRequest:
     return InvalidRequest(f"{path}: {says}", param=column or "source")
 
 
+def shown(value: object) -> str:
+    """A value for a message, short whatever it is: only plain ones are written out."""
+    if isinstance(value, str):
+        return repr(value[:40])
+    if isinstance(value, float | bool | np.generic | type(None)) or (isinstance(value, int) and abs(value) < 10**40):
+        return str(value)[:40]
+    return f"<{type(value).__name__}>"
+
+
 def parse_id(path: Path, where: str, value: object) -> int:
     """An id from a cell, a JSON value or a pickle.
 
@@ -84,9 +93,9 @@ def parse_id(path: Path, where: str, value: object) -> int:
     if isinstance(value, str) and INTEGER.fullmatch(value):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise refusal(path, f"`id` is {str(value)[:40]!r} in {where}; it must be an integer", "id")
+        raise refusal(path, f"`id` is {shown(value)} in {where}; it must be an integer", "id")
     if not 0 <= value <= LARGEST_ID:
-        raise refusal(path, f"`id` is {value} in {where}; it must be from 0 to {LARGEST_ID}", "id")
+        raise refusal(path, f"`id` is {shown(value)} in {where}; it must be from 0 to {LARGEST_ID}", "id")
     return int(value)
 
 

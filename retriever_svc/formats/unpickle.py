@@ -20,6 +20,7 @@ from retriever_svc.formats.pickle_scan import scan
 from shared.errors import InvalidRequest
 
 DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|[SU][0-9]{1,6})")
+PLAIN = (str, bytes, int, float, type(None))
 MAX_DIMENSIONS = 4
 BROKEN = (
     pickle.UnpicklingError,
@@ -163,6 +164,17 @@ def _encode(text: object, encoding: object = None) -> bytes:
     return text.encode("latin-1")
 
 
+def _set(items: Any = ()) -> set[Any]:
+    """Protocols below 4 have no opcode for sets: they are written as a call with a list."""
+    if not isinstance(items, list) or not all(isinstance(item, PLAIN) for item in items):
+        raise pickle.UnpicklingError("a set of something other than strings and numbers is not read")
+    return set(items)
+
+
+def _frozenset(items: Any = ()) -> frozenset[Any]:
+    return frozenset(_set(items))
+
+
 def _empty_bytes() -> bytes:
     return b""
 
@@ -182,6 +194,6 @@ ALLOWED: dict[tuple[str, str], _Name] = {
     **{
         (builtins, name): _Name(name, call)
         for builtins in ("builtins", "__builtin__")  # the name in Python 2 stands in protocols 0 to 2
-        for name, call in (("set", set), ("frozenset", frozenset), ("bytes", _empty_bytes))
+        for name, call in (("set", _set), ("frozenset", _frozenset), ("bytes", _empty_bytes))
     },
 }

@@ -1,5 +1,9 @@
 """Passages with embeddings from RagRetriever's custom data sets and from wiki_dpr's files, and indexes over them."""
 
+import hashlib
+import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retriever_svc import formats
 from retriever_svc.build import build_collection
 from retriever_svc.formats.embedded import read_embedded
 from retriever_svc.formats.faiss_file import StoredVectors, check_index, read_header
@@ -161,6 +166,29 @@ def test_a_table_that_is_not_clean_is_refused(
     with pytest.raises(InvalidRequest, match=says) as refused:
         list(read_embedded(tmp_path, ENCODER).source.clean_batches())
     assert refused.value.param == param
+
+
+def test_one_file_tells_its_hash(tmp_path: Path) -> None:
+    write_shards(tmp_path, WIKI, 1)
+    (path,) = tmp_path.iterdir()
+    assert read_embedded(path, ENCODER).source.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_memory_holds_a_few_batches_and_not_the_table(tmp_path: Path) -> None:
+    n, dimension = 40_000, 16
+    embeddings = np.ones((n, dimension), np.float32)
+    write_shards(tmp_path, pa.table(columns(embeddings)), 4, arrow=True)
+    source = read_embedded(tmp_path, ENCODER).source
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in source.clean_batches()]
+    assert max(held) < n * dimension * 4 / 2
+
+
+def test_readers_import_neither_torch_nor_datasets() -> None:
+    modules = [f"retriever_svc.formats.{module.name}" for module in pkgutil.iter_modules(formats.__path__)]
+    assert len(modules) > 10
+    code = f"import sys, {', '.join(modules)}; print({{'torch', 'transformers', 'datasets'}} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"set()\n"
 
 
 def test_the_row_is_named_inside_its_shard(tmp_path: Path) -> None:

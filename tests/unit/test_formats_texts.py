@@ -232,7 +232,7 @@ JSON = b'{"title": "A", "text": "a"}\n'
         ("a.jsonl", b'{"title": "\\ud800", "text": "b"}\n', "title", "lone surrogate in line 1"),
         ("a.jsonl", JSON + b'{"title": "A", "text": "a", "id": 3}\n', "id", "line 2 has an `id`, unlike"),
         ("a.jsonl", b'{"title": "A", "text": "a", "id": 3}\n' + JSON, "id", "line 2 has no `id`, unlike"),
-        ("a.jsonl", b'{"title": "A", "text": "a", "id": true}\n', "id", "`id` is 'True' in line 1"),
+        ("a.jsonl", b'{"title": "A", "text": "a", "id": true}\n', "id", "`id` is True in line 1"),
         ("a.jsonl", b'{"title": "A", "text": "a", "id": 1.0}\n', "id", "must be an integer"),
         ("a.jsonl", b'{"title": "A", "text": "a", "id": null}\n', "id", "must be an integer"),
         ("a.jsonl", JSON + b'{"title": "\xff", "text": "b"}\n', "source", "line 2 is not UTF-8"),
