@@ -21,6 +21,8 @@ from shared.retrieval import Int64Array
 
 PARQUET, ARROW = ".parquet", ".arrow"
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+NUMBERS = re.compile(r"([0-9]+)")
+SHARD_OF = re.compile(r"(?P<table>.*)-(?P<number>[0-9]+)-of-(?P<total>[0-9]{1,6})")
 DIGITS = "^[0-9]{1,18}$"
 
 
@@ -80,20 +82,35 @@ def open_shards(paths: Sequence[Path]) -> ShardedTable:
 def shards_of(folder: Path) -> list[Path]:
     """The Parquet files of a folder, or its Arrow files, numbers in the names counted as numbers.
 
-    Raises: InvalidRequest: there are none, or of both kinds.
+    What ``datasets`` caches beside them (``cache-….arrow``) is passed over.
+    Raises: InvalidRequest: there are files of both kinds or of several splits, or some of "…-of-00157" are missing.
     """
     found = {suffix: in_order(folder.glob(f"*{suffix}")) for suffix in (PARQUET, ARROW)}
     if all(found.values()):
         raise refusal(folder, "has both Parquet and Arrow files; give a folder of one kind")
-    return found[PARQUET] or found[ARROW]
+    shards = [path for path in found[PARQUET] or found[ARROW] if not path.name.startswith("cache-")]
+    _check_complete(folder, shards)
+    return shards
+
+
+def _check_complete(folder: Path, shards: Sequence[Path]) -> None:
+    numbered = [match for path in shards if (match := SHARD_OF.fullmatch(path.stem))]
+    tables = sorted({match["table"] for match in numbered})
+    if len(tables) > 1 or (numbered and len(numbered) < len(shards)):
+        names = ", ".join(path.name for path in shards[:5])
+        raise refusal(folder, f"has files of more than one table ({names}); give a folder with one of them")
+    if numbered:
+        missing = set(range(int(numbered[0]["total"]))) - {int(match["number"]) for match in numbered}
+        if missing:
+            says = (
+                f"lacks {len(missing)} of {numbered[0]['total']} shards of {tables[0]!r}, the first is {min(missing)}"
+            )
+            raise refusal(folder, says)
 
 
 def in_order(paths: Iterator[Path]) -> list[Path]:
     """By name, ``shard_2`` before ``shard_10``."""
-    return sorted(paths, key=lambda path: [(int(s), "") if s.isdigit() else (-1, s) for s in _NUMBERS.split(path.name)])
-
-
-_NUMBERS = re.compile(r"([0-9]+)")
+    return sorted(paths, key=lambda path: [(int(s), "") if s.isdigit() else (-1, s) for s in NUMBERS.split(path.name)])
 
 
 def passage_batches(table: ShardedTable) -> Iterator[pa.RecordBatch]:

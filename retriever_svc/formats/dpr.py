@@ -49,7 +49,7 @@ def find_dpr_files(path: Path) -> DprFiles:
 
     Raises: InvalidRequest: the passages are missing, there are neither embeddings nor an index, or several of one kind.
     """
-    folder, prefix = (path, "") if path.is_dir() else (path.parent, path.name)
+    folder, prefix = (path, "") if path.is_dir() else (path.parent, path.name.removesuffix(f".{INDEX}"))
     passages = next((folder / name for name in PASSAGE_FILES if (folder / name).is_file()), None)
     if passages is None:
         raise refusal(folder, f"has no passages: one of {', '.join(PASSAGE_FILES)} is expected")

@@ -174,6 +174,19 @@ def test_one_file_tells_its_hash(tmp_path: Path) -> None:
     assert read_embedded(path, ENCODER).source.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize("make", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_a_long_batch_is_cut(tmp_path: Path, make: Any) -> None:
+    embeddings = random_embeddings(9000, 2)
+    table = pa.table(columns(embeddings, id_type=pa.string()))
+    with make(tmp_path / "one.arrow", table.schema) as writer:
+        writer.write_table(table)
+    source = read_embedded(tmp_path / "one.arrow", ENCODER).source
+    assert [len(batch) for batch in source.batches] == [4096, 4096, 808]
+    rows, vectors = read_all(source)
+    assert rows == expected_rows(9000)
+    np.testing.assert_array_equal(vectors, embeddings)
+
+
 def test_memory_holds_a_few_batches_and_not_the_table(tmp_path: Path) -> None:
     n, dimension = 40_000, 16
     embeddings = np.ones((n, dimension), np.float32)

@@ -360,6 +360,27 @@ def test_folders_and_names_that_say_nothing_are_refused(tmp_path: Path) -> None:
         read_passages(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["train-00000-of-00003", "train-00002-of-00003"], "lacks 1 of 00003 shards of 'train', the first is 1"),
+        (["train-0-of-1", "test-0-of-1"], "more than one table"),
+        (["train-0-of-1", "more"], "more than one table"),
+    ],
+)
+def test_a_folder_with_too_few_or_too_many_shards_is_refused(tmp_path: Path, names: list[str], says: str) -> None:
+    for name in names:
+        write_table(tmp_path, name, pa.table(PLAIN), "parquet", 2)
+    with pytest.raises(InvalidRequest, match=says):
+        read_passages(tmp_path)
+
+
+def test_what_datasets_caches_beside_the_shards_is_passed_over(tmp_path: Path) -> None:
+    for name in ("wiki_dpr-train-00000-of-00001", "cache-0123456789abcdef"):
+        write_table(tmp_path, name, pa.table(PLAIN), "stream", 2)
+    assert len(rows_of(tmp_path)) == 3
+
+
 # ── documents split into passages ──
 
 
