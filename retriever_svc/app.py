@@ -258,6 +258,12 @@ async def roll_back(collection: CollectionName, request: RollbackRequest, retrie
     return writer.collection.info
 
 
+@router.post("/v1/collections/{collection}/reload", dependencies=WRITING, responses=WRITE_ERRORS)
+async def reload_collection(collection: CollectionName, retriever: TheRetriever) -> CollectionInfo:
+    """Serve what was built on the disk since the start: a collection that is new, or its newest generation."""
+    return (await retriever.reload(collection)).info
+
+
 @router.get("/v1/jobs/{job_id}", responses=raises(NotFound, Unavailable))
 async def get_job(job_id: str, retriever: TheRetriever) -> Job:
     """Work that goes on in the background, or what became of it."""

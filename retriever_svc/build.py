@@ -36,13 +36,15 @@ TEMPORARY = ".building-"
 class Options:
     """What to make of a source.
 
-    ``kind``: preset or factory string; ``search_params``: where they differ from the preset's. ``lineage`` and
+    ``kind``: preset or factory string; ``search_params``: where they differ from the preset's. ``index_file``: an index
+    over the rows of the source, taken as it is; ``kind`` is what the next generation is built as. ``lineage`` and
     ``applied``: the change log that goes on, and its last change in the source; a new log otherwise.
     """
 
     kind: str = FLAT
     search_params: SearchParams | None = None
     origin: Literal["seed", "build"] = "build"
+    index_file: Path | None = None
     lineage: str | None = None
     applied: int = 0
 
@@ -115,7 +117,9 @@ def collection_lock(collection: Path) -> Iterator[None]:
 def _write_generation(
     folder: Path, source: Source, options: Options, now: datetime, progress: Progress | None
 ) -> gen.Manifest:
-    writing = _Writing(source, IndexBuilder(folder, source.dimension, source.dtype, options.kind), progress)
+    keep = options.index_file is not None
+    index = IndexBuilder(folder, source.dimension, source.dtype, options.kind, keep=keep)
+    writing = _Writing(source, index, progress)
     schema = passage_schema(source.dimension, source.dtype)
     try:
         passages_version = PassageTable.write(folder / gen.PASSAGES, schema, writing.batches())
@@ -126,7 +130,7 @@ def _write_generation(
         raise InvalidRequest("the source has no passages", param="source")
     if repeated := first_repeated(writing.ids()):
         raise InvalidRequest("id {} stands in rows {} and {}; ids must be unique".format(*repeated), param="id")
-    settled = writing.index.write(options.search_params, progress)
+    settled = writing.index.write(options.search_params, progress, options.index_file)
     return gen.Manifest(
         kind=settled.kind,
         factory=settled.factory,

@@ -94,6 +94,19 @@ class Catalog:
         gen.flush(self._folder)
         self.aliases = aliases
 
+    async def add(self, name: str, in_worker: InWorker) -> None:
+        """Serve a collection that was built since the start.
+
+        Raises: NotFound: there is none. Conflict: an alias has that name. StartupError: it is damaged.
+        """
+        folder = self._folder / name
+        if name in self.aliases:
+            raise Conflict(f"`{name}` is an alias of `{self.aliases[name]}`", param="collection")
+        if not (folder / gen.CURRENT).exists():
+            raise NotFound(f"there is no collection `{name}` in the data folder", param="collection")
+        current = await asyncio.to_thread(gen.current_generation, folder)
+        self.collections[name] = await self.load(folder, current.name, in_worker)
+
     async def load(self, folder: Path, generation: str, in_worker: InWorker) -> Collection:
         """A generation beside those that serve, warm.
 
@@ -105,7 +118,7 @@ class Catalog:
         def opened() -> Collection:
             return Collection.open(folder, generation=generation, device=self._device, gpu_storage=self._gpu_storage)
 
-        on_gpu = self.collections[folder.name].index.device != "cpu"
+        on_gpu = any(collection.index.device != "cpu" for collection in self.collections.values())
         collection = await (in_worker(opened) if on_gpu else asyncio.to_thread(opened))
         await in_worker(collection.warm_up)
         return collection

@@ -17,7 +17,7 @@ from retriever_svc.search import Call, SearchItem, run_batch
 from retriever_svc.settings import RetrieverSettings
 from retriever_svc.writer import Writer
 from shared.deadline import Deadline
-from shared.errors import InvalidRequest, Overloaded, Unavailable
+from shared.errors import InvalidRequest, Overloaded, StartupError, Unavailable
 from shared.metrics import WorkerMetrics
 from shared.retrieval import RetrieveQuery, RetrieveResult
 from shared.schemas import BuildRequest, Job
@@ -95,6 +95,23 @@ class Retriever:
                 rebuild_after=self.settings.rebuild_after,
             )
         return self._writers[collection.name]
+
+    async def reload(self, name: str) -> Collection:
+        """Serve the generation that is current on the disk.
+
+        Raises: NotFound: there is none. Conflict: another is being built, or the name is an alias. Unavailable: it
+        cannot be loaded.
+        """
+        try:
+            if name in self.collections:
+                await self.writer(name).reload()
+            else:
+                await self.catalog.add(name, self._in_worker)
+        except StartupError as error:
+            raise Unavailable(error.message) from error
+        collection = self.collections[name]
+        self._metrics.passages.labels(name, collection.generation).set(collection.count)
+        return collection
 
     def build(self, name: str, request: BuildRequest) -> Job:
         """Begin to build a generation.

@@ -182,6 +182,17 @@ class Writer:
             raise NotFound(f"collection `{self._name}` has no generation {generation}", param="generation")
         await self._take_over(generation)
 
+    async def reload(self) -> None:
+        """Serve the generation that is current on the disk, if it is another.
+
+        Raises: Conflict: one is being built. StartupError: it is damaged.
+        """
+        if self._building:
+            raise Conflict(f"a generation of `{self._name}` is being built")
+        current = await asyncio.to_thread(gen.current_generation, self.collection.folder)
+        if current.name != self.collection.generation:
+            await self._take_over(current.name)
+
     async def _take_over(self, generation: str) -> None:
         """Load ``generation`` beside what serves, then swap: requests in flight end with what they began with."""
         old = self.collection

@@ -3,16 +3,19 @@
 A :class:`Call` knows nothing of sockets, so the sync and the async client differ only in how they wait.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import httpx
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from pydantic import ValidationError
+from pydantic_core import to_json
 
 from services.client.options import AnswerOptions, EncodeOptions, RetrieveOptions, ScoreOptions, SearchOptions
+from shared.arrow import write_stream
 from shared.errors import RagError, Unavailable, UpstreamError, error_from_wire
 from shared.retrieval import RetrieveQuery, RetrieveResult
 from shared.schemas import (
@@ -31,9 +34,10 @@ from shared.schemas import (
     SearchResponse,
     ServiceInfo,
     Wire,
+    Written,
 )
 from shared.validation import refusal_of
-from shared.vectors import Form, decode_vectors, query_to_wire, result_from_wire
+from shared.vectors import ARROW_TYPE, JSON_TYPE, Form, decode_vectors, query_to_wire, result_from_wire
 
 Service = Literal["generator", "retriever"]
 # (B, D): numpy, nested lists, or what `/v1/encode` answered.
@@ -106,6 +110,24 @@ def retrieve(vectors: Vectors, form: Form, options: RetrieveOptions) -> Call[Ret
         {"Content-Type": content_type, "Accept": _ACCEPT[form]},
         query.timeout_ms,
     )
+
+
+def upsert(collection: str, passages: pa.RecordBatch | Sequence[Mapping[str, Any]]) -> Call[Written]:
+    path = f"/v1/collections/{collection}/passages"
+    if isinstance(passages, pa.RecordBatch):
+        columns = {name: passages.column(name) for name in passages.schema.names}
+        return Call("retriever", "POST", path, _model(Written), write_stream(columns, {}), {"Content-Type": ARROW_TYPE})
+    content = to_json({"passages": [dict(passage) for passage in passages]})
+    return Call("retriever", "POST", path, _model(Written), content, {"Content-Type": JSON_TYPE})
+
+
+def delete(collection: str, ids: Sequence[int]) -> Call[Written]:
+    path, content = f"/v1/collections/{collection}/passages/delete", to_json({"ids": list(ids)})
+    return Call("retriever", "POST", path, _model(Written), content, {"Content-Type": JSON_TYPE})
+
+
+def reload(collection: str) -> Call[CollectionInfo]:
+    return Call("retriever", "POST", f"/v1/collections/{collection}/reload", _model(CollectionInfo))
 
 
 def collections() -> Call[list[CollectionInfo]]:

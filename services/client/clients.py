@@ -1,11 +1,12 @@
 """The clients: one that blocks, one that awaits. The requests and responses are in :mod:`services.client.calls`."""
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from types import TracebackType
-from typing import Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import httpx
+import pyarrow as pa
 
 from services.client import calls
 from services.client.calls import Call, Service, Vectors
@@ -21,6 +22,7 @@ from shared.schemas import (
     ScoreResponse,
     SearchResponse,
     ServiceInfo,
+    Written,
 )
 from shared.vectors import Form
 
@@ -135,6 +137,18 @@ class RagClient(_Client):
         """Documents nearest to each of ``vectors`` (B, D), as numpy arrays; ``form`` is the one on the wire."""
         return self._send(calls.retrieve(vectors, form, options))
 
+    def upsert(self, passages: pa.RecordBatch | Sequence[Mapping[str, Any]], *, collection: str = "default") -> Written:
+        """Store passages (``id``, ``title``, ``text``, ``embedding``), or replace those that have the ids."""
+        return self._send(calls.upsert(collection, passages))
+
+    def delete(self, ids: Sequence[int], *, collection: str = "default") -> Written:
+        """Delete passages by id."""
+        return self._send(calls.delete(collection, ids))
+
+    def reload(self, collection: str = "default") -> CollectionInfo:
+        """Serve what `rag index` has made of a collection since the retriever started."""
+        return self._send(calls.reload(collection))
+
     def collections(self) -> list[CollectionInfo]:
         """What the retriever serves."""
         return self._send(calls.collections())
@@ -222,6 +236,17 @@ class AsyncRagClient(_Client):
         self, vectors: Vectors, *, form: Form = "arrow", **options: Unpack[RetrieveOptions]
     ) -> RetrieveResult:
         return await self._send(calls.retrieve(vectors, form, options))
+
+    async def upsert(
+        self, passages: pa.RecordBatch | Sequence[Mapping[str, Any]], *, collection: str = "default"
+    ) -> Written:
+        return await self._send(calls.upsert(collection, passages))
+
+    async def delete(self, ids: Sequence[int], *, collection: str = "default") -> Written:
+        return await self._send(calls.delete(collection, ids))
+
+    async def reload(self, collection: str = "default") -> CollectionInfo:
+        return await self._send(calls.reload(collection))
 
     async def collections(self) -> list[CollectionInfo]:
         return await self._send(calls.collections())

@@ -1,0 +1,331 @@
+"""`rag index`: collections on the disk of this machine: built, imported, examined, copied."""
+
+# ruff: noqa: PLC0415  (imports inside commands: see services.cli)
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from services.cli.options import DEFAULT_RETRIEVER_URL, ApiKey, RetrieverUrl, connect
+
+app = typer.Typer(
+    help="Build, import, examine and copy collections in the retriever's data folder.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+Name = Annotated[str, typer.Option("--name", help="The collection: made where it is missing, renewed otherwise.")]
+DataDir = Annotated[Path, typer.Option("--data-dir", envvar="RETRIEVER_DATA_DIR", help="The retriever's data folder.")]
+Kind = Annotated[str, typer.Option(help="flat, flat-fp16, sq8, hnsw, ivf-flat, ivf-pq, or a faiss factory string.")]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(help="RAG checkpoint whose question encoder belongs to the embeddings: its fingerprint is recorded."),
+]
+Fingerprint = Annotated[
+    str | None, typer.Option("--fingerprint", help="That fingerprint itself, as `rag info` prints it.")
+]
+SearchParams = Annotated[
+    str | None, typer.Option("--search-params", help='JSON, as {"nprobe": 64}; what the kind leaves open otherwise.')
+]
+COLLECTIONS = "collections"
+
+
+@app.command()
+def build(
+    passages: Annotated[
+        Path, typer.Argument(help="TSV, CSV, JSONL (also .gz), Parquet, Arrow, or a folder `datasets` saved.")
+    ],
+    *,
+    encoder: Annotated[
+        str | None, typer.Option(help="Passage encoder (DPR): folder or hub name. Not for a file with embeddings.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    fingerprint: Fingerprint = None,
+    name: Name = "default",
+    data_dir: DataDir = Path("data"),
+    kind: Kind = "flat",
+    search_params: SearchParams = None,
+    split: Annotated[
+        int | None, typer.Option(min=1, help="Split texts into passages of so many words; the paper's: 100.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float16 or float32, of the stored embeddings.")] = "float16",
+    processes: Annotated[int, typer.Option(min=1, help="Processes that embed side by side.")] = 1,
+    device: Annotated[str, typer.Option(help="Where to embed: auto, cpu, cuda.")] = "auto",
+) -> None:
+    """Build a collection from passages: embed them, store them, index them.
+
+    A Parquet file with the columns `id`, `title`, `text`, `embedding` is taken as it is. Otherwise every passage is
+    embedded by `--encoder`, piece by piece: a run that was killed goes on where it was when called again.
+
+    **Examples**
+
+    - `rag index build psgs_w100.tsv --encoder facebook/dpr-ctx_encoder-multiset-base --checkpoint
+      facebook/rag-token-nq --kind hnsw`
+    - `rag index build articles.jsonl --split 100 --encoder ./context_encoder --checkpoint ./checkpoint --name news`
+    """
+    from retriever_svc.build import build_collection
+    from retriever_svc.index import recipe
+    from retriever_svc.source import from_parquet
+    from services.indexing import shards
+    from services.indexing.batches import has_embeddings
+    from services.indexing.encoder import dimension_of
+    from shared.errors import InvalidRequest
+
+    folder = _collection(data_dir, name)
+    options = _options(kind, search_params)
+    if dtype not in ("float16", "float32"):
+        raise InvalidRequest(f"dtype is {dtype!r}; float16 and float32 are taken", param="dtype")
+    if has_embeddings(passages):
+        with _bar("indexing") as show:
+            made = build_collection(folder, from_parquet(passages, fingerprint), options=options, progress=show)
+    else:
+        if encoder is None:
+            raise InvalidRequest(f"{passages} holds no embeddings: name the passage encoder in --encoder")
+        space = fingerprint or _fingerprint_of(checkpoint)
+        recipe(kind, dimension_of(encoder), 1)  # refuses a kind that cannot be, before hours of embedding
+        corpus = shards.Corpus(str(passages), encoder, split, dtype, device)  # type: ignore[arg-type]
+        work = folder / ".embedding"
+        with _bar("embedding") as show:
+            shards.embed(corpus, work, processes=processes, progress=show)
+        with _bar("indexing") as show:
+            made = build_collection(folder, shards.embedded(work, space), options=options, progress=show)
+        _remove(work)
+    _report(folder, made)
+
+
+@app.command("import")
+def import_(
+    path: Annotated[Path, typer.Argument(help="A data set with embeddings, wiki_dpr's files, DPR's files, or .npy.")],
+    *,
+    index: Annotated[
+        Path | None, typer.Option(help="faiss index over the same rows (.faiss): served as it is, if it can be.")
+    ] = None,
+    passages: Annotated[Path | None, typer.Option(help="Passages that belong to the rows of a .npy.")] = None,
+    checkpoint: Checkpoint = None,
+    fingerprint: Fingerprint = None,
+    name: Name = "default",
+    data_dir: DataDir = Path("data"),
+    kind: Kind = "flat",
+    search_params: SearchParams = None,
+    quantized: Annotated[bool, typer.Option(help="DPR: take vectors that its index keeps as 8-bit codes.")] = False,
+) -> None:
+    """Take over passages and embeddings that another tool has made.
+
+    A data set that `datasets` saved (transformers' `index_name="custom"`), wiki_dpr's Parquet or Arrow files, the
+    original DPR's `.index.dpr`, `.index_meta.dpr`, `.pkl` and `psgs_w100` files, or a `.npy` beside `--passages`.
+    Pickles are read without running anything that they name.
+
+    **Example**
+
+    - `rag index import ./wiki_dpr --index psgs_w100.nq.HNSW128_SQ8-IP-train.faiss --kind hnsw --checkpoint
+      facebook/rag-token-nq`
+    """
+    from retriever_svc.build import build_collection
+    from retriever_svc.formats.dpr import find_dpr_files, read_dpr
+    from retriever_svc.formats.embedded import Imported, read_embedded
+    from retriever_svc.formats.npy import read_npy
+
+    folder = _collection(data_dir, name)
+    space = fingerprint or _fingerprint_of(checkpoint)
+    if path.suffix == ".npy":
+        if passages is None:
+            raise typer.BadParameter("a .npy needs the passages of its rows", param_hint="--passages")
+        imported = Imported(read_npy(path, passages, space))
+    elif _is_dpr(path):
+        imported = read_dpr(find_dpr_files(path), space, quantized=quantized)
+    else:
+        imported = read_embedded(path, space, index)
+    options = _options(kind, search_params, imported.faiss_file)
+    with _bar("indexing") as show:
+        made = build_collection(folder, imported.source, options=options, progress=show)
+    _report(folder, made)
+
+
+@app.command()
+def add(
+    passages: Annotated[Path, typer.Argument(help="As for `rag index build`.")],
+    *,
+    encoder: Annotated[
+        str | None, typer.Option(help="Passage encoder (DPR): folder or hub name. Not for a file with embeddings.")
+    ] = None,
+    split: Annotated[int | None, typer.Option(min=1, help="Split texts into passages of so many words.")] = None,
+    new_ids: Annotated[bool, typer.Option(help="Number them anew, instead of replacing who has their ids.")] = False,
+    name: Annotated[str, typer.Option("--name", help="The collection, on a retriever that runs.")] = "default",
+    retriever_url: RetrieverUrl = DEFAULT_RETRIEVER_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Store passages in a collection that serves: each batch is found as soon as it is acknowledged."""
+    import pyarrow as pa
+
+    from services.indexing.batches import embedded_batches
+
+    written = gone = 0
+    with connect(retriever_url, api_key, retriever_url) as client, _bar("adding") as show:
+        for batch in embedded_batches(passages, encoder, split):
+            sent = pa.record_batch({n: batch.column(n) for n in batch.schema.names if n != "id" or not new_ids})
+            gone += client.upsert(sent, collection=name).gone
+            written += len(batch)
+            show(written, None)
+    print(f"{written:,} passages stored, {gone:,} of them in place of others")
+
+
+@app.command()
+def delete(
+    ids: Annotated[list[int], typer.Argument(help="Ids of passages.")],
+    *,
+    name: Annotated[str, typer.Option("--name", help="The collection, on a retriever that runs.")] = "default",
+    retriever_url: RetrieverUrl = DEFAULT_RETRIEVER_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Delete passages from a collection that serves."""
+    with connect(retriever_url, api_key, retriever_url) as client:
+        print(f"{client.delete(ids, collection=name).gone:,} passages deleted")
+
+
+@app.command("list")
+def list_(data_dir: DataDir = Path("data")) -> None:
+    """The collections of the data folder, and what each generation holds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from retriever_svc import generation as gen
+
+    table = Table("collection", "generation", "kind", "passages", "dimension", "encoder", "made")
+    for pointer in sorted((data_dir / COLLECTIONS).glob(f"*/{gen.CURRENT}")):
+        current = gen.current_generation(pointer.parent).name
+        for folder in sorted((pointer.parent / gen.GENERATIONS).iterdir(), reverse=True):
+            if folder.name.startswith("."):
+                continue
+            manifest = gen.read_manifest(folder)
+            mark = f"{folder.name} (serves)" if folder.name == current else folder.name
+            shown = (manifest.kind, f"{manifest.count:,}", str(manifest.dimension), manifest.encoder)
+            table.add_row(pointer.parent.name, mark, *shown, manifest.created_at)
+    Console().print(table)
+
+
+@app.command()
+def reload(
+    name: Annotated[str, typer.Argument(help="The collection.")],
+    retriever_url: RetrieverUrl = DEFAULT_RETRIEVER_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Let a retriever that runs serve what was built since it started."""
+    with connect(retriever_url, api_key, retriever_url) as client:
+        found = client.reload(name)
+    print(f"{found.name}: {found.count:,} passages, generation {found.generation}")
+
+
+@app.command()
+def verify(
+    name: Annotated[str | None, typer.Argument(help="The collection. [default: all of them]")] = None,
+    data_dir: DataDir = Path("data"),
+) -> None:
+    """Read every byte of collections and compare it with its checksum; load them, and all changes since."""
+    from retriever_svc import generation as gen
+    from retriever_svc.collection import Collection
+    from shared.errors import NotFound
+
+    found = sorted(path.parent for path in (data_dir / COLLECTIONS).glob(f"{name or '*'}/{gen.CURRENT}"))
+    if not found:
+        raise NotFound(f"{data_dir} holds no collection{f' `{name}`' if name else ''}")
+    for folder in found:
+        for generation in sorted((folder / gen.GENERATIONS).iterdir()):
+            if not generation.name.startswith("."):
+                gen.verify_files(generation, gen.read_manifest(generation))
+        collection = Collection.open(folder, device="cpu")
+        print(f"{folder.name}: sound, {collection.count:,} passages, {collection.applied} changes")
+
+
+@app.command()
+def snapshot(
+    name: Annotated[str, typer.Argument(help="The collection.")],
+    target: Annotated[str, typer.Argument(help="Folder or object-store URL (s3://…, gs://…, file://…) to copy to.")],
+    data_dir: DataDir = Path("data"),
+) -> None:
+    """Copy what a collection holds now: its generation and the changes since. The service may go on."""
+    from retriever_svc.snapshots import save_snapshot
+
+    with _bar("copying") as show:
+        print(f"{save_snapshot(data_dir / COLLECTIONS / name, target, show)} files copied to {target}")
+
+
+@app.command()
+def restore(
+    source: Annotated[str, typer.Argument(help="Folder or object-store URL that `rag index snapshot` wrote.")],
+    name: Annotated[str, typer.Argument(help="The collection to make; it must not be there yet.")],
+    data_dir: DataDir = Path("data"),
+) -> None:
+    """Make a collection from a snapshot: all of it, verified, or nothing."""
+    from retriever_svc.snapshots import restore_snapshot
+
+    with _bar("copying") as show:
+        print(f"{restore_snapshot(source, _collection(data_dir, name), show)} files restored as `{name}`")
+
+
+def _collection(data_dir: Path, name: str) -> Path:
+    from retriever_svc.catalog import NAME
+    from shared.errors import InvalidRequest
+
+    if NAME.fullmatch(name) is None:
+        raise InvalidRequest(f"{name!r} is no name for a collection (pattern {NAME.pattern})", param="name")
+    return data_dir / COLLECTIONS / name
+
+
+def _options(kind: str, search_params: str | None, index_file: Path | None = None) -> Any:
+    from pydantic import ValidationError
+
+    from retriever_svc.build import Options
+    from shared.schemas import SearchParams
+    from shared.validation import refusal_of
+
+    try:
+        params = None if search_params is None else SearchParams.model_validate_json(search_params)
+    except ValidationError as refused:
+        raise refusal_of(refused, within="search_params") from None
+    return Options(kind=kind, search_params=params, index_file=index_file)
+
+
+def _fingerprint_of(checkpoint: str | None) -> str:
+    from services.indexing.encoder import fingerprint_of
+    from shared.errors import InvalidRequest
+
+    if checkpoint is None:
+        raise InvalidRequest(
+            "whose space are the embeddings in? Name the RAG checkpoint in --checkpoint, or its --fingerprint"
+        )
+    return fingerprint_of(checkpoint)
+
+
+def _is_dpr(path: Path) -> bool:
+    if path.is_dir():
+        return any(path.glob("*.index.dpr")) or any(path.glob("*.pkl"))
+    return path.name.endswith(".index.dpr")
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder)
+
+
+def _report(folder: Path, generation: str) -> None:
+    from retriever_svc import generation as gen
+
+    manifest = gen.read_manifest(folder / gen.GENERATIONS / generation)
+    size = sum(record.size for record in manifest.files.values()) / 1e6
+    print(f"{folder.name}: {manifest.count:,} passages, {manifest.factory}, {size:,.1f} MB, generation {generation}")
+    print(f"a retriever that runs serves it after: rag index reload {folder.name}")
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,50 @@
+"""Passages with embeddings in batches, from a file that has them or through the encoder."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retriever_svc.formats.split import split_words
+from retriever_svc.formats.texts import read_passages
+from retriever_svc.source import from_parquet
+from shared.arrow import vector_array
+from shared.errors import InvalidRequest
+
+ROWS = 512  # of a request
+
+
+def has_embeddings(path: Path) -> bool:
+    """Whether it is a Parquet file with the column ``embedding``."""
+    try:
+        return path.suffix == ".parquet" and "embedding" in pq.read_schema(path).names
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def embedded_batches(path: Path, encoder: str | None, words: int | None = None) -> Iterator[pa.RecordBatch]:
+    """Batches of id, title, text, embedding, of at most ``ROWS``.
+
+    Raises: InvalidRequest: the file cannot be read, or holds no embeddings and no ``encoder`` is named.
+    """
+    if has_embeddings(path):
+        for batch in from_parquet(path, "unknown").clean_batches():
+            yield from _cut(batch)
+        return
+    if encoder is None:
+        raise InvalidRequest(f"{path} holds no embeddings: name the passage encoder in --encoder", param="encoder")
+    from services.indexing.encoder import PassageEncoder  # noqa: PLC0415  torch takes a moment
+
+    model = PassageEncoder(encoder)
+    found = read_passages(path).batches
+    for batch in found if words is None else split_words(found, words):
+        for part in _cut(batch):
+            texts = list(zip(part["title"].to_pylist(), part["text"].to_pylist(), strict=True))
+            columns = {name: part.column(name) for name in part.schema.names}
+            yield pa.record_batch({**columns, "embedding": vector_array(model.encode(texts))})
+
+
+def _cut(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    for start in range(0, len(batch), ROWS):
+        yield batch.slice(start, ROWS)
