@@ -68,9 +68,7 @@ class IndexBuilder:
         settled = recipe(self._kind, self._dimension, len(vectors), params)
         if taken is not None:
             return replace(settled, factory=self._take(taken, len(vectors)))
-        index = empty_index(settled.factory, self._dimension)
-        _set_construction(index)
-        index.train(_sample(vectors, index))
+        index = trained(settled.factory, vectors)
         for start in range(0, len(vectors), ADD_ROWS):
             index.add(vectors[slice(start, start + ADD_ROWS)])
             if progress is not None:
@@ -91,12 +89,22 @@ class IndexBuilder:
         return f"{type(core_of(index)).__name__} as it was"
 
 
+def trained(factory: str, vectors: MappedVectors) -> Any:
+    """An empty index that knows the vectors' distribution."""
+    index = empty_index(factory, vectors.dimension)
+    _set_construction(index)
+    index.train(_sample(vectors, index))
+    return index
+
+
 def _set_construction(index: Any) -> None:
     core = core_of(index)
     if isinstance(core, faiss.IndexHNSW):
         core.hnsw.efConstruction = HNSW_CONSTRUCTION
     if isinstance(core, faiss.IndexIVF):
         core.cp.min_points_per_centroid = 1  # a collection that is small is no mistake
+    if isinstance(core, faiss.IndexIVFPQ):
+        core.pq.cp.min_points_per_centroid = 1
 
 
 def _sample(vectors: MappedVectors, index: Any) -> Float32Array:

@@ -45,7 +45,7 @@ def lists_of(count: int) -> int:
     return max(1, min(65_536, round(4 * math.sqrt(count)), count // 39))
 
 
-def _subquantizers(dimension: int) -> int:
+def subquantizers(dimension: int) -> int:
     """The largest divisor that leaves about 6 components each: 128 for 768, as wiki_dpr has it."""
     return max(m for m in range(1, max(2, dimension // 6) + 1) if dimension % m == 0)
 
@@ -77,7 +77,7 @@ PRESETS = {
         ),
         Kind(
             "ivf-pq",
-            lambda d, n: f"IVF{lists_of(n)}_HNSW32,PQ{_subquantizers(d)}",
+            lambda d, n: f"IVF{lists_of(n)}_HNSW32,PQ{subquantizers(d)}",
             lambda n: SearchParams(nprobe=_probes(n), over_fetch=20),
             0.9,
             "smallest and fastest; what wiki_dpr calls compressed",

@@ -22,6 +22,7 @@ class MappedVectors:
         if size % row:
             raise StartupError(f"{path} has {size} bytes, no multiple of a row's {row}; rebuild the collection")
         self.count = size // row
+        self.dimension = dimension
         self._rows_ND: npt.NDArray[np.floating] = (
             np.memmap(path, dtype=dtype, mode="r", shape=(self.count, dimension))
             if size

@@ -184,6 +184,42 @@ def delete(
         print(f"{client.delete(ids, collection=name).gone:,} passages deleted")
 
 
+@app.command()
+def plan(
+    passages: Annotated[int, typer.Argument(min=1, help="How many.")],
+    *,
+    dimension: Annotated[int, typer.Option(min=1, help="Of the embeddings.")] = 768,
+    text_bytes: Annotated[int, typer.Option(min=1, help="Of a passage's title and text; 100 words: 620.")] = 620,
+    ram_gb: Annotated[float | None, typer.Option(min=0, help="Memory to use. [default: this machine's]")] = None,
+    query_ms: Annotated[float, typer.Option(min=0, help="What a single query may take.")] = 50,
+) -> None:
+    """Tell what each kind of index would need on a machine like this one, and which one to take.
+
+    Sizes are computed; times are measured on small indexes, here and now, and extrapolated: keep the machine quiet.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from retriever_svc.index.plan import choose, memory_of_machine, needs
+
+    table = Table(title=f"{passages:,} passages of {dimension} numbers, float16, without embedding them")
+    for column in ("kind", "RAM", "GPU", "page cache", "disk", "build", "a query", "recall@5, at least"):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    found = []
+    with _bar("measuring") as show:
+        for need in needs(passages, dimension, text_bytes=text_bytes):
+            found.append(need)
+            show(len(found), None)
+            sizes = [f"{size / 1e9:,.1f} GB" if size else "-" for size in (need.ram, need.vram, need.cached, need.disk)]
+            build = f"{need.build_s / 60:,.1f} min" if need.build_s < 7200 else f"{need.build_s / 3600:,.1f} h"
+            table.add_row(need.kind, *sizes, build, f"{need.query_s * 1e3:,.2f} ms", f"{need.recall:.2f}")
+    Console().print(table)
+    memory = memory_of_machine() if ram_gb is None else ram_gb * 1e9
+    chosen = choose(found, memory, query_ms / 1e3)
+    limits = f"{memory / 1e9:,.1f} GB of RAM and {query_ms:g} ms a query"
+    print(f"take {chosen.kind}: within {limits} it misses least" if chosen else f"no kind fits into {limits}")
+
+
 @app.command("list")
 def list_(data_dir: DataDir = Path("data")) -> None:
     """The collections of the data folder, and what each generation holds."""
