@@ -1,0 +1,111 @@
+"""The passages to embed: a stream of record batches that can be opened again from its start."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retriever_svc.generation import file_sha256
+from retriever_svc.source import first_repeated
+from shared.errors import InvalidRequest
+
+PASSAGE_SCHEMA = pa.schema([("id", pa.int64()), ("title", pa.string()), ("text", pa.string())])
+BATCH_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """``open_batches`` gives the passages anew each time it is called, in the same order: id (any integer type, not
+    negative, unique), title and text, none null; other columns are ignored. ``identity`` is another one wherever the
+    passages are others, a digest of the files they come from, for example.
+    """
+
+    open_batches: Callable[[], Iterable[pa.RecordBatch]]
+    identity: str
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The passages with the columns and types of `PASSAGE_SCHEMA`.
+
+        Raises:
+            InvalidRequest: names the column at fault and the row.
+        """
+        row = 0
+        for batch in self._readable():
+            columns = [_column(batch, field, row) for field in PASSAGE_SCHEMA]
+            row += len(batch)
+            yield pa.record_batch(columns, schema=PASSAGE_SCHEMA)
+
+    def check(self) -> int:
+        """Read everything once, so that a fault in the last row shows now and not after hours of embedding.
+
+        Returns: the number of passages.
+        Raises: InvalidRequest: no passage at all, an id twice or negative, or as :meth:`batches`.
+        """
+        ids = [batch.column("id").to_numpy() for batch in self.batches()]
+        all_ids = np.concatenate(ids) if ids else np.empty(0, np.int64)
+        if not len(all_ids):
+            raise InvalidRequest("there are no passages to embed", param="corpus")
+        if all_ids.min() < 0:
+            row = int(np.argmax(all_ids < 0))
+            raise InvalidRequest(f"`id` is {all_ids[row]} in row {row}; ids must not be negative", param="id")
+        if repeated := first_repeated(all_ids):
+            raise InvalidRequest("id {} is in row {} and again in row {}".format(*repeated), param="id")
+        return len(all_ids)
+
+    def _readable(self) -> Iterator[pa.RecordBatch]:
+        try:
+            yield from self.open_batches()
+        except (OSError, pa.ArrowException) as error:
+            raise InvalidRequest(f"the passages cannot be read to their end: {error}", param="corpus") from error
+
+
+def parquet_corpus(*paths: Path) -> Corpus:
+    """The passages of Parquet files, one after the other; identified by what the files hold, not by their names.
+
+    Raises: InvalidRequest: a file cannot be read.
+    """
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for path in paths:
+            with pq.ParquetFile(path) as file:
+                columns = [name for name in PASSAGE_SCHEMA.names if name in file.schema_arrow.names]
+                yield from file.iter_batches(BATCH_ROWS, columns=columns)
+
+    return Corpus(batches, files_identity(*paths))
+
+
+def files_identity(*paths: Path) -> str:
+    """Digest of the files' contents, in this order: ``sha256-`` and 16 hex digits.
+
+    Raises: InvalidRequest: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            digest.update(f"{path.stat().st_size}:{file_sha256(path)}\n".encode())
+        except OSError as error:
+            raise InvalidRequest(f"{path} cannot be read: {error.strerror}", param="corpus") from error
+    return f"sha256-{digest.hexdigest()[:16]}"
+
+
+def _column(batch: pa.RecordBatch, field: pa.Field, first_row: int) -> pa.Array:
+    positions = batch.schema.get_all_field_indices(field.name)
+    if len(positions) != 1:
+        raise InvalidRequest(
+            f"the passages must have one column `{field.name}`; they have {batch.schema.names}", param=field.name
+        )
+    column = batch.column(positions[0])
+    wanted_is_id = pa.types.is_integer(field.type)
+    if pa.types.is_integer(column.type) != wanted_is_id:
+        raise InvalidRequest(f"`{field.name}` must be {field.type}, it is {column.type}", param=field.name)
+    if column.null_count:
+        row = first_row + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+        raise InvalidRequest(f"`{field.name}` is null in row {row}", param=field.name)
+    try:
+        return column.cast(field.type)
+    except pa.ArrowException as error:
+        raise InvalidRequest(f"`{field.name}` cannot be read as {field.type}: {error}", param=field.name) from error
