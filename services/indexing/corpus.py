@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 
 from retriever_svc.generation import file_sha256
 from retriever_svc.source import first_repeated
+from services.indexing.plan import Plan
+from services.indexing.shards import PASSAGE_SCHEMA
 from shared.errors import InvalidRequest
 
-PASSAGE_SCHEMA = pa.schema([("id", pa.int64()), ("title", pa.string()), ("text", pa.string())])
 BATCH_ROWS = 4096
 
 
@@ -90,6 +91,34 @@ def files_identity(*paths: Path) -> str:
         except OSError as error:
             raise InvalidRequest(f"{path} cannot be read: {error.strerror}", param="corpus") from error
     return f"sha256-{digest.hexdigest()[:16]}"
+
+
+def passages_of(corpus: Corpus, plan: Plan, shards: list[int]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """The passages of the given shards (in ascending order), with the shard's number; all others are passed over.
+
+    Raises: InvalidRequest: the corpus is not as long as it was when the plan was made.
+    """
+    wanted = iter(shards)
+    shard = next(wanted, None)
+    gathered: list[pa.RecordBatch] = []
+    row = 0
+    for batch in corpus.batches():
+        end = row + len(batch)
+        while shard is not None:
+            rows = plan.rows_of(shard)
+            first, last = max(rows.start, row), min(rows.stop, end)
+            if first < last:
+                gathered.append(batch.slice(first - row, last - first))
+            if end < rows.stop:
+                break
+            yield shard, pa.concat_batches(gathered)
+            gathered = []
+            shard = next(wanted, None)
+        row = end
+        if shard is None and row < plan.count:
+            return  # the rest is done
+    if row != plan.count:
+        raise InvalidRequest(f"the corpus has {row} passages now, and had {plan.count} before", param="corpus")
 
 
 def _column(batch: pa.RecordBatch, field: pa.Field, first_row: int) -> pa.Array:

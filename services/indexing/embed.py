@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from services.indexing.corpus import Corpus
+from services.indexing.corpus import Corpus, passages_of
 from services.indexing.options import EmbeddingDtype, EncoderOptions, EncoderRecipe
 from services.indexing.plan import Plan, check_same, clear_partial, read_plan, work_folder, write_plan
-from services.indexing.shards import missing_shards, passages_of, shard_path
+from services.indexing.shards import missing_shards
 from services.indexing.workers import InProcess, WorkerPool
 from shared.errors import StartupError
 
@@ -57,9 +57,9 @@ def embed_corpus(
 def _settle_plan(folder: Path, corpus: Corpus, encoder: EncoderRecipe, dtype: EmbeddingDtype, shard_rows: int) -> Plan:
     found = read_plan(folder)
     if found is not None:
-        check_same(folder, found, corpus.identity, encoder, dtype, shard_rows)
+        check_same(folder, found, corpus=corpus.identity, encoder=encoder, dtype=dtype, shard_rows=shard_rows)
         return found
-    if shard_path(folder, 0).exists():
+    if any(folder.glob("shard-*.arrow")):
         raise StartupError(f"{folder} has shards but no plan that tells what they hold: choose another folder")
     plan = Plan(corpus=corpus.identity, count=corpus.check(), encoder=encoder, dtype=dtype, shard_rows=shard_rows)
     write_plan(folder, plan)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, DPRContextEncoder, PreTrainedTokenizerBase
 
 from generator_svc.fingerprint import encoder_fingerprint
-from services.indexing.options import EncoderOptions, EncoderRecipe, Pooling, TokenTypes
+from services.indexing.options import EncoderOptions, EncoderRecipe, Pooling, TypeIds
 from shared.errors import InvalidRequest, StartupError
 from shared.retrieval import Float32Array, Int64Array
 
@@ -29,7 +29,7 @@ PAD_TO = 8
 """Few distinct shapes: the allocator otherwise hoards a block for each."""
 
 _POOLINGS = ("cls", "mean", "pooler")
-_TOKEN_TYPES = ("zeros", "segments")
+_TYPE_IDS = ("zeros", "segments")
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -53,13 +53,13 @@ class PassageEncoder:
         fingerprint = encoder_fingerprint(self._model, self._tokenizer)
         self._model.eval().to(self._device, getattr(torch, options.dtype))
         self._pooling = pooling
-        self._token_types = _token_types(options, config, self._tokenizer)
+        self._type_ids = _type_ids(options, config, self._tokenizer)
         self._max_tokens = self._tokenizer.model_max_length
         probe = self._embed(self._tokenize([""], ["?"]))
         self.recipe = EncoderRecipe(
             fingerprint=fingerprint,
             dtype=options.dtype,
-            token_types=self._token_types,
+            type_ids=self._type_ids,
             pooling=pooling,
             max_tokens=self._max_tokens,
             dimension=probe.shape[-1],
@@ -117,7 +117,7 @@ class PassageEncoder:
     def _pooled(self, ids_BS: Tensor, types_BS: Tensor, mask_BS: Tensor) -> Tensor:
         pooled_BD: Tensor
         inputs = {"input_ids": ids_BS}
-        if self._token_types == "segments":
+        if self._type_ids == "segments":
             inputs["token_type_ids"] = types_BS
         if self._is_dpr:
             pooled_BD = self._model(**inputs).pooler_output
@@ -196,11 +196,11 @@ def _pooling(options: EncoderOptions, config: Any) -> Pooling:
     return named
 
 
-def _token_types(options: EncoderOptions, config: Any, tokenizer: PreTrainedTokenizerBase) -> TokenTypes:
+def _type_ids(options: EncoderOptions, config: Any, tokenizer: PreTrainedTokenizerBase) -> TypeIds:
     if config.model_type != "dpr":
         return "segments" if "token_type_ids" in tokenizer.model_input_names else "zeros"
-    token_types: Any = options.token_types or getattr(config, "token_types", None) or "zeros"
-    if token_types not in _TOKEN_TYPES:
-        raise StartupError(f"token_types of {options.name} is {token_types!r}, not one of {', '.join(_TOKEN_TYPES)}")
-    named: TokenTypes = token_types
+    type_ids: Any = options.type_ids or getattr(config, "passage_type_ids", None) or "zeros"
+    if type_ids not in _TYPE_IDS:
+        raise StartupError(f"passage_type_ids of {options.name} is {type_ids!r}, not one of {', '.join(_TYPE_IDS)}")
+    named: TypeIds = type_ids
     return named

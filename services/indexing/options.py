@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-TokenTypes = Literal["zeros", "segments"]
+TypeIds = Literal["zeros", "segments"]
 Pooling = Literal["cls", "mean", "pooler"]
 ComputeDtype = Literal["float32", "float16", "bfloat16"]
 EmbeddingDtype = Literal["float32", "float16"]
@@ -27,9 +27,9 @@ class EncoderOptions:
     batch_tokens: int = 8192
     """Tokens of a batch, padding included: it bounds the memory whatever the lengths of the passages."""
 
-    token_types: TokenTypes | None = None
+    type_ids: TypeIds | None = None
     """Token type ids of a DPR encoder: "zeros", as DPR and transformers' RAG were trained and indexed, or "segments",
-    0 for the title and 1 for the text. None: ``token_types`` of its config.json, else "zeros". Any other encoder
+    0 for the title and 1 for the text. None: ``passage_type_ids`` of its config.json, else "zeros". Any other encoder
     takes what its tokenizer gives."""
 
     pooling: Pooling | None = None
@@ -45,7 +45,7 @@ class EncoderRecipe(BaseModel):
     fingerprint: str
     """Of its weights and its vocabulary, as :func:`generator_svc.fingerprint.encoder_fingerprint` computes it."""
     dtype: ComputeDtype
-    token_types: TokenTypes
+    type_ids: TypeIds
     pooling: Pooling
     max_tokens: int
     dimension: int

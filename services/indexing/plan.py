@@ -70,7 +70,7 @@ def write_plan(folder: Path, plan: Plan) -> None:
     flush(folder)
 
 
-def check_same(folder: Path, found: Plan, corpus: str, encoder: EncoderRecipe, dtype: str, shard_rows: int) -> None:
+def check_same(folder: Path, found: Plan, *, corpus: str, encoder: EncoderRecipe, dtype: str, shard_rows: int) -> None:
     """Refuse to mix.
 
     Raises: StartupError: the plan found in `folder` is for something else than what is asked for.

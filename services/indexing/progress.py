@@ -47,7 +47,7 @@ class EmbeddingProgress:
         if self._task is None:
             self._task = self._bar.add_task("embedding", total=count, completed=done, rate=0.0)
             self._resumed, self._started_at, self._logged_at = done, now, now
-            if 0 < done:
+            if done > 0:
                 self.console.print(f"{done:,} of {count:,} passages are embedded already", highlight=False)
             return
         rate = (done - self._resumed) / max(now - self._started_at, 1e-9)

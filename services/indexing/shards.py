@@ -1,7 +1,6 @@
 """Finished shards on disk: Arrow files of passages with their embeddings, each there whole or not at all."""
 
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +8,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retriever_svc.generation import flush
-from services.indexing.corpus import PASSAGE_SCHEMA, Corpus
 from services.indexing.plan import PARTIAL, Plan
-from shared.errors import InvalidRequest
 
+PASSAGE_SCHEMA = pa.schema([("id", pa.int64()), ("title", pa.string()), ("text", pa.string())])
 _PLAN_KEY = b"plan"
 _EMBEDDING_TYPES = {"float16": pa.float16(), "float32": pa.float32()}
 
@@ -56,31 +54,3 @@ def read_shard(folder: Path, plan: Plan, shard: int) -> pa.RecordBatch | None:
 
 def missing_shards(folder: Path, plan: Plan) -> list[int]:
     return [shard for shard in plan.shards if read_shard(folder, plan, shard) is None]
-
-
-def passages_of(corpus: Corpus, plan: Plan, shards: list[int]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """The passages of the given shards (in ascending order), with the shard's number; all others are passed over.
-
-    Raises: InvalidRequest: the corpus is not as long as it was when the plan was made.
-    """
-    wanted = iter(shards)
-    shard = next(wanted, None)
-    gathered: list[pa.RecordBatch] = []
-    row = 0
-    for batch in corpus.batches():
-        end = row + len(batch)
-        while shard is not None:
-            rows = plan.rows_of(shard)
-            first, last = max(rows.start, row), min(rows.stop, end)
-            if first < last:
-                gathered.append(batch.slice(first - row, last - first))
-            if end < rows.stop:
-                break
-            yield shard, pa.concat_batches(gathered)
-            gathered = []
-            shard = next(wanted, None)
-        row = end
-        if shard is None and row < plan.count:
-            return  # the rest is done
-    if row != plan.count:
-        raise InvalidRequest(f"the corpus has {row} passages now, and had {plan.count} before", param="corpus")

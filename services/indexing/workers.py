@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pyarrow as pa
 
-from services.indexing.corpus import PASSAGE_SCHEMA
 from services.indexing.options import EncoderOptions, EncoderRecipe
 from services.indexing.plan import Plan
-from services.indexing.shards import write_shard
+from services.indexing.shards import PASSAGE_SCHEMA, write_shard
 from shared.errors import InferenceError, RagError
 
 if TYPE_CHECKING:
@@ -250,4 +249,4 @@ def _ctrl_c_ignored() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
