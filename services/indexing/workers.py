@@ -7,6 +7,7 @@ each shard, or the error that ended it; to the worker the `Plan`, then the shard
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -194,7 +195,8 @@ def work(pipe: Connection, options: EncoderOptions, number: int, count: int, fol
 
 
 def _load_encoder(options: EncoderOptions, number: int, count: int) -> "PassageEncoder":
-    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    threads = max(1, cores // count)
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizer, which reads it at its first use
     import torch  # noqa: PLC0415  torch, only where it is needed
     from transformers.utils import logging  # noqa: PLC0415

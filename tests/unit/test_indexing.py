@@ -175,16 +175,17 @@ class TestEncoder:
         np.testing.assert_allclose(cosine, 1, atol=0.1)
 
 
-class TestOtherEncoders:
-    @pytest.fixture(scope="class")
-    def bert(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        torch.manual_seed(0)
-        config = BertConfig(**{k: v for k, v in context_config().to_dict().items() if k != "model_type"})
-        path = tmp_path_factory.mktemp("bert")
-        BertModel(config).save_pretrained(path)
-        context_tokenizer().save_pretrained(path)
-        return path
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = BertConfig(**{k: v for k, v in context_config().to_dict().items() if k != "model_type"})
+    path = tmp_path_factory.mktemp("bert")
+    BertModel(config).save_pretrained(path)
+    context_tokenizer().save_pretrained(path)
+    return path
 
+
+class TestOtherEncoders:
     @pytest.mark.parametrize("pooling", ["cls", "mean", "pooler"])
     def test_a_bert_is_pooled_as_named(self, bert: Path, pooling: Any) -> None:
         table = passages(9)
@@ -213,7 +214,7 @@ class TestOtherEncoders:
             PassageEncoder(EncoderOptions(str(tmp_path), device="cpu"))
 
     def test_a_folder_that_is_not_there_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(StartupError, match="there is no encoder folder .*nowhere"):
+        with pytest.raises(StartupError, match=r"there is no encoder folder .*nowhere"):
             PassageEncoder(EncoderOptions(str(tmp_path / "nowhere"), device="cpu"))
 
 
@@ -221,14 +222,15 @@ class Stop(BaseException):
     """Ends a run where it stands, as Ctrl-C does."""
 
 
-class TestResume:
-    @pytest.fixture(scope="class")
-    def whole(self, options: EncoderOptions, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-        """What an uninterrupted run leaves in its folder."""
-        folder = tmp_path_factory.mktemp("whole")
-        embed_corpus(corpus_of(passages(COUNT)), options, folder, workers=0, shard_rows=SHARD_ROWS)
-        return content(folder)
+@pytest.fixture(scope="module")
+def whole(options: EncoderOptions, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an uninterrupted run leaves in its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    embed_corpus(corpus_of(passages(COUNT)), options, folder, workers=0, shard_rows=SHARD_ROWS)
+    return content(folder)
 
+
+class TestResume:
     @given(stops=st.lists(st.integers(0, 12), max_size=4), batch_rows=st.integers(1, 40), torn=st.booleans())
     @example(stops=[0, 0, 0], batch_rows=COUNT, torn=True)
     @settings(deadline=None, max_examples=25)
@@ -302,7 +304,7 @@ class TestResume:
         rng = random.Random(0)
         for shards in (0, 5, 15):  # kill after so many shards and a moment, which falls anywhere within one
             run = subprocess.Popen(command, env=environment)
-            until(lambda shards=shards: len(list(killed.glob("shard-*.arrow"))) > shards or run.poll() is not None)
+            until_shards(killed, shards + 1, run)
             time.sleep(rng.random() * 0.05)
             run.kill()
             assert run.wait() == -signal.SIGKILL
@@ -360,7 +362,8 @@ class TestWorkers:
             "from services.indexing.options import EncoderOptions\n"
             "if __name__ == '__main__':\n"
             f"    options = EncoderOptions({options.name!r}, device='cpu')\n"
-            "    embed_corpus(parquet_corpus(Path(sys.argv[1])), options, Path(sys.argv[2]), workers=2, shard_rows=2000)\n"
+            "    corpus = parquet_corpus(Path(sys.argv[1]))\n"
+            "    embed_corpus(corpus, options, Path(sys.argv[2]), workers=2, shard_rows=2000)\n"
         )
         (tmp_path / "run.py").write_text(script)
         run = subprocess.Popen(
@@ -369,7 +372,7 @@ class TestWorkers:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        until(lambda: len(list((tmp_path / "work").glob("shard-*.arrow"))) > 0 or run.poll() is not None)
+        until_shards(tmp_path / "work", 1, run)
         workers = children(run.pid)
         assert len(workers) >= 2
         if sent == signal.SIGINT:
@@ -382,6 +385,10 @@ class TestWorkers:
         if sent == signal.SIGINT:
             assert errors.count(b"Traceback") == 1  # the run's own; the workers end in silence
             assert not list((tmp_path / "work").glob("*.partial"))
+
+
+def until_shards(folder: Path, count: int, run: "subprocess.Popen[bytes]") -> None:
+    until(lambda: len(list(folder.glob("shard-*.arrow"))) >= count or run.poll() is not None)
 
 
 def until(condition: Callable[[], bool], within_s: float = 90) -> None:
@@ -516,7 +523,7 @@ class TestSource:
     def test_an_unfinished_run_is_no_source(self, embed: Callable[..., Any], tmp_path: Path) -> None:
         embed()
         shard_path(tmp_path / "work", 3).unlink()
-        with pytest.raises(StartupError, match="1 of 5 shards are missing .* run the embedding again"):
+        with pytest.raises(StartupError, match=r"1 of 5 shards are missing .* run the embedding again"):
             shards_source(tmp_path / "work", ENCODER)
 
     def test_an_empty_folder_is_no_source(self, tmp_path: Path) -> None:
