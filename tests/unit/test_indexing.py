@@ -166,12 +166,19 @@ class TestEncoder:
         assert [length for _, length in shapes] == sorted((length for _, length in shapes), reverse=True)
         assert sum(rows for rows, _ in shapes) == 60
 
-    def test_the_demos_embeddings_come_out_again_with_its_segments(self) -> None:
+    def test_the_demos_embeddings_come_out_again_with_the_segments_its_config_names(self) -> None:
         table = pq.read_table(PASSAGES).slice(100, 40)
         stored = table["embedding"].combine_chunks().flatten().to_numpy().reshape(40, -1)
         titles, texts = table["title"].to_pylist(), table["text"].to_pylist()
-        vectors = PassageEncoder(EncoderOptions(str(CONTEXT_ENCODER), device="cpu", type_ids="segments"))
+        vectors = PassageEncoder(EncoderOptions(str(CONTEXT_ENCODER), device="cpu"))
         np.testing.assert_allclose(vectors.encode(titles, texts), stored, atol=5e-3)
+
+    def test_segments_are_what_the_tokenizer_says(self, folder: Path, options: EncoderOptions) -> None:
+        table = passages(9)
+        ours = PassageEncoder(replace(options, type_ids="segments"))
+        vectors = ours.encode(table["title"].to_pylist(), table["text"].to_pylist())
+        np.testing.assert_allclose(vectors, one_at_a_time(folder, table, type_ids=True), atol=1e-5)
+        assert np.abs(vectors - one_at_a_time(folder, table)).max() > 0.1
 
     def test_half_precision_stays_close(self, options: EncoderOptions, encoder: PassageEncoder) -> None:
         table = passages(12)
