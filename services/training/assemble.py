@@ -58,8 +58,8 @@ def save_rag_checkpoint(
 def save_context_encoder(folder: Path, encoder: DPRContextEncoder, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the DPR context encoder (converted to half precision in place) and its tokenizer.
 
-    ``passage_type_ids`` says that it was trained with the title and the text told apart (`services.training.retriever`),
-    where DPR's published encoders read both as one segment.
+    ``passage_type_ids`` says that it was trained with title and text told apart (`services.training.retriever`), where
+    DPR's published encoders read both as one segment.
     """
     encoder.config.passage_type_ids = "segments"
     encoder.half().save_pretrained(folder)  # type: ignore[no-untyped-call]
