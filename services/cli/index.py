@@ -65,12 +65,17 @@ def build(
       facebook/rag-token-nq --kind hnsw`
     - `rag index build articles.jsonl --split 100 --encoder ./context_encoder --checkpoint ./checkpoint --name news`
     """
+    import shutil
+
     from retriever_svc.build import build_collection
     from retriever_svc.index import recipe
     from retriever_svc.source import from_parquet
-    from services.indexing import shards
-    from services.indexing.batches import has_embeddings
-    from services.indexing.encoder import dimension_of
+    from services.indexing.batches import corpus_of, has_embeddings
+    from services.indexing.embed import embed_corpus
+    from services.indexing.options import EncoderOptions
+    from services.indexing.progress import EmbeddingProgress
+    from services.indexing.source import shards_source
+    from services.indexing.space import dimension_of
     from shared.errors import InvalidRequest
 
     folder = _collection(data_dir, name)
@@ -83,15 +88,22 @@ def build(
     else:
         if encoder is None:
             raise InvalidRequest(f"{passages} holds no embeddings: name the passage encoder in --encoder")
-        space = fingerprint or _fingerprint_of(checkpoint)
+        space = fingerprint or _space_of(checkpoint)
         recipe(kind, dimension_of(encoder), 1)  # refuses a kind that cannot be, before hours of embedding
-        corpus = shards.Corpus(str(passages), encoder, split, dtype, device)  # type: ignore[arg-type]
         work = folder / ".embedding"
-        with _bar("embedding") as show:
-            shards.embed(corpus, work, processes=processes, progress=show)
+        how = EncoderOptions(encoder, device=None if device == "auto" else device)
+        with EmbeddingProgress() as board:
+            embed_corpus(
+                corpus_of(passages, split),
+                how,
+                work,
+                workers=processes,
+                dtype="float16" if dtype == "float16" else "float32",
+                progress=board.show,
+            )
         with _bar("indexing") as show:
-            made = build_collection(folder, shards.embedded(work, space), options=options, progress=show)
-        _remove(work)
+            made = build_collection(folder, shards_source(work, space), options=options, progress=show)
+        shutil.rmtree(work)
     _report(folder, made)
 
 
@@ -128,7 +140,7 @@ def import_(
     from retriever_svc.formats.npy import read_npy
 
     folder = _collection(data_dir, name)
-    space = fingerprint or _fingerprint_of(checkpoint)
+    space = fingerprint or _space_of(checkpoint)
     if path.suffix == ".npy":
         if passages is None:
             raise typer.BadParameter("a .npy needs the passages of its rows", param_hint="--passages")
@@ -323,27 +335,21 @@ def _options(kind: str, search_params: str | None, index_file: Path | None = Non
     return Options(kind=kind, search_params=params, index_file=index_file)
 
 
-def _fingerprint_of(checkpoint: str | None) -> str:
-    from services.indexing.encoder import fingerprint_of
+def _space_of(checkpoint: str | None) -> str:
+    from services.indexing.space import question_space
     from shared.errors import InvalidRequest
 
     if checkpoint is None:
         raise InvalidRequest(
             "whose space are the embeddings in? Name the RAG checkpoint in --checkpoint, or its --fingerprint"
         )
-    return fingerprint_of(checkpoint)
+    return question_space(checkpoint)
 
 
 def _is_dpr(path: Path) -> bool:
     if path.is_dir():
         return any(path.glob("*.index.dpr")) or any(path.glob("*.pkl"))
     return path.name.endswith(".index.dpr")
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder)
 
 
 def _report(folder: Path, generation: str) -> None:

@@ -1,4 +1,4 @@
-"""Passages with embeddings in batches, from a file that has them or through the encoder."""
+"""Passages of files in any form that is read, to be embedded, or in batches with embeddings."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +9,8 @@ import pyarrow.parquet as pq
 from retriever_svc.formats.split import split_words
 from retriever_svc.formats.texts import read_passages
 from retriever_svc.source import from_parquet
+from services.indexing.corpus import Corpus, files_identity
+from services.indexing.options import EncoderOptions
 from shared.arrow import vector_array
 from shared.errors import InvalidRequest
 
@@ -21,6 +23,19 @@ def has_embeddings(path: Path) -> bool:
         return path.suffix == ".parquet" and "embedding" in pq.read_schema(path).names
     except (OSError, pa.ArrowException):
         return False
+
+
+def corpus_of(path: Path, words: int | None = None) -> Corpus:
+    """The passages of a file or folder, split into ``words`` where that is given.
+
+    Raises: InvalidRequest: it is of no form that is read.
+    """
+    passages = read_passages(path).batches
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
+    whole = f"{files_identity(*files)} whole"
+    if words is None:
+        return Corpus(lambda: passages, whole)
+    return Corpus(lambda: split_words(passages, words), whole.replace("whole", f"split into {words} words"))
 
 
 def embedded_batches(path: Path, encoder: str | None, words: int | None = None) -> Iterator[pa.RecordBatch]:
@@ -36,13 +51,13 @@ def embedded_batches(path: Path, encoder: str | None, words: int | None = None) 
         raise InvalidRequest(f"{path} holds no embeddings: name the passage encoder in --encoder", param="encoder")
     from services.indexing.encoder import PassageEncoder  # noqa: PLC0415  torch takes a moment
 
-    model = PassageEncoder(encoder)
+    model = PassageEncoder(EncoderOptions(encoder))
     found = read_passages(path).batches
     for batch in found if words is None else split_words(found, words):
         for part in _cut(batch):
-            texts = list(zip(part["title"].to_pylist(), part["text"].to_pylist(), strict=True))
+            embeddings = model.encode(part["title"].to_pylist(), part["text"].to_pylist())
             columns = {name: part.column(name) for name in part.schema.names}
-            yield pa.record_batch({**columns, "embedding": vector_array(model.encode(texts))})
+            yield pa.record_batch({**columns, "embedding": vector_array(embeddings)})
 
 
 def _cut(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:

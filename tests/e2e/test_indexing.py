@@ -14,15 +14,10 @@ import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, DPRContextEncoder
 
 from retriever_svc.collection import Collection
 from services.demo.build import CHECKPOINT, CONTEXT_ENCODER, PASSAGES
-from services.indexing import shards
-from services.indexing.encoder import PassageEncoder
-from shared.errors import StartupError
 from tests.retriever_process import RetrieverProcess
 
 ROOT = Path(__file__).parents[2]
@@ -73,62 +68,20 @@ def test_a_corpus_becomes_the_collection_that_the_demo_ships(data: Path, demo: d
     assert not (data / "collections" / "news" / ".embedding").exists()
 
 
-def test_passages_are_encoded_as_transformers_encodes_each_alone(demo: dict[str, list]) -> None:
-    pairs = list(zip(demo["title"], demo["text"], strict=True))[:40]
-    model = DPRContextEncoder.from_pretrained(CONTEXT_ENCODER, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(CONTEXT_ENCODER)
-    alone = [model(**tokenizer(*pair, return_tensors="pt")).pooler_output[0].detach().numpy() for pair in pairs]
-    np.testing.assert_allclose(PassageEncoder(str(CONTEXT_ENCODER)).encode(pairs), np.stack(alone), atol=1e-4)
-
-
-def test_a_build_that_is_killed_goes_on_and_gives_the_same(
-    tsv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    corpus = shards.Corpus(str(tsv), str(CONTEXT_ENCODER))
-    script = (
-        "from services.indexing import shards; shards.ROWS = 64; from pathlib import Path\n"
-        f"if __name__ == '__main__': shards._check_plan({corpus!r}, Path({str(tmp_path / 'killed')!r}))\n"
-        f"if __name__ == '__main__': shards._embed_every({corpus!r}, Path({str(tmp_path / 'killed')!r}), 0, 1)\n"
-    ).replace("Corpus(", "shards.Corpus(")
-    (tmp_path / "killed").mkdir()
-    process = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)})
-    while len(list((tmp_path / "killed").glob("*.arrow"))) < 2 and process.poll() is None:
+def test_a_build_that_is_killed_goes_on(tsv: Path, tmp_path: Path, demo: dict[str, list]) -> None:
+    """Killed once it embeds; the same command finishes, and what it built is whole."""
+    options = ["--encoder", CONTEXT_ENCODER, "--fingerprint", "e", "--split", 12, "--data-dir", tmp_path]
+    command = [sys.executable, "-m", "services.cli", "index", "build", *map(str, [tsv, *options])]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
+    while not list(tmp_path.rglob("plan.json")) and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    (tmp_path / "killed" / "00000009.tmp").write_bytes(b"half a piece")
-    monkeypatch.setattr(shards, "ROWS", 64)
-    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("*.arrow")}
-    assert 2 <= len(before) < 10
-    for name in ("killed", "whole"):
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        shards._check_plan(corpus, folder)
-        shards._embed_every(corpus, folder, 0, 1)
-    assert before.items() <= {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("*.arrow")}.items()
-    pieces = sorted(path.name for path in (tmp_path / "whole").glob("*.arrow"))
-    assert len(pieces) == -(-ROWS // 64)
-    whole, killed = (list(shards.embedded(tmp_path / name, "e").clean_batches()) for name in ("whole", "killed"))
-    assert [b["id"] for b in killed] == [b["id"] for b in whole]
-    for one, other in zip(killed, whole, strict=True):
-        a, b = (np.array(batch["embedding"].to_pylist()) for batch in (one, other))
-        np.testing.assert_allclose(a, b, atol=2e-3)
-
-
-def test_several_processes_make_what_one_makes(tsv: Path, tmp_path: Path) -> None:
-    corpus = shards.Corpus(str(tsv), str(CONTEXT_ENCODER), words=8)
-    seen: list[int] = []
-    assert shards.embed(corpus, tmp_path / "two", processes=2, progress=lambda done, _: seen.append(done)) >= 1
-    assert seen
-    ids = np.concatenate([batch["id"].to_numpy() for batch in shards.embedded(tmp_path / "two", "e").clean_batches()])
-    assert ids.tolist() == list(range(len(ids)))
-    assert len(ids) > ROWS  # split into 8 words
-
-
-def test_another_corpus_in_the_same_folder_is_refused(tsv: Path, tmp_path: Path) -> None:
-    shards._check_plan(shards.Corpus(str(tsv), "a"), tmp_path)
-    with pytest.raises(StartupError, match="another corpus, or by another encoder"):
-        shards.embed(shards.Corpus(str(tsv), "b"), tmp_path)
+    assert not list(tmp_path.rglob("CURRENT"))
+    rag("build", tsv, *options)
+    collection = Collection.open(tmp_path / "collections" / "default", device="cpu")
+    assert collection.count == sum(-(-len(text.split()) // 12) for text in demo["text"])
+    assert not list(tmp_path.rglob("*.arrow"))
 
 
 def test_an_encoder_that_is_none_is_said(tsv: Path, tmp_path: Path) -> None:
