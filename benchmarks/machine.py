@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import os
 import platform
 import resource
 import statistics
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.processor import processor
 from generator_svc.engine.decoder import Affine
 
 _PEAK = Path("/proc/self/status")
@@ -24,21 +24,12 @@ _RESET = Path("/proc/self/clear_refs")
 def describe(device: str) -> dict[str, Any]:
     """The machine and the versions that a figure belongs to."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
-    units = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    return ", ".join([f"{os.cpu_count()} cores of {name}", *units])
 
 
 def timed(run: Callable[[], object], device: str) -> float:

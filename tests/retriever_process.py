@@ -52,6 +52,11 @@ class RetrieverProcess:
                 time.sleep(0.02)
         raise AssertionError(f"the retriever is not ready:\n{self.log.read_text()[-4000:]}")
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def kill(self) -> None:
         """SIGKILL, to it and to whatever it started."""
         assert self._process is not None
