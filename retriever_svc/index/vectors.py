@@ -24,7 +24,8 @@ class MappedVectors:
         self.count = size // row
         self.dimension = dimension
         self._rows_ND: npt.NDArray[np.floating] = (
-            np.memmap(path, dtype=dtype, mode="r", shape=(self.count, dimension))
+            # As a plain array: numpy's own class for a mapped file costs microseconds at every index.
+            np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=(self.count, dimension)))
             if size
             else np.empty((0, dimension), dtype)
         )
@@ -34,5 +35,7 @@ class MappedVectors:
 
     def __getitem__(self, rows: Int64Array | slice) -> Float32Array:
         """(K, D) float32, a copy."""
-        found: Float32Array = self._rows_ND[rows].astype(np.float32)
+        if isinstance(rows, slice):
+            return self._rows_ND[rows].astype(np.float32)
+        found: Float32Array = self._rows_ND.take(rows, axis=0).astype(np.float32, copy=False)
         return found
