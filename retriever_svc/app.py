@@ -98,7 +98,7 @@ def create_app(settings: RetrieverSettings) -> FastAPI:
     return app
 
 
-def _retriever(request: Request) -> Retriever:
+async def _retriever(request: Request) -> Retriever:  # not async, it would run in a thread: a hop for each request
     retriever: Retriever = request.app.state.retriever
     return retriever
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from retriever_svc import generation as gen
 from retriever_svc import ranking
@@ -12,6 +13,7 @@ from retriever_svc.delta import Delta
 from retriever_svc.index import INDEX, Device, GpuStorage, Index, merged
 from retriever_svc.passages import PassageTable
 from retriever_svc.ranking import Ranked, Segment
+from shared.documents import passage_array
 from shared.errors import InvalidRequest, NotFound, StartupError
 from shared.retrieval import Float32Array, Int64Array
 from shared.schemas import CollectionInfo, IndexInfo, Passage, SearchParams
@@ -129,11 +131,17 @@ class Collection:
         """The best ``n_docs[b]`` documents of each query, see :mod:`retriever_svc.ranking`."""
         return ranking.search(self.segments(), vectors_BD, n_docs, merged(self.manifest.search_params, params))
 
-    def take(self, rows: Int64Array) -> dict[int, Passage]:
-        """The passages of ``rows``, by row."""
-        stored = rows < len(self.passages)
-        found = self.passages.take(rows[stored]) if stored.any() else {}
-        return found | {row: self.delta.passage(row) for row in rows[~stored].tolist()}
+    def take(self, rows_K: Int64Array) -> pa.StructArray:
+        """The passages of ``rows_K``, in that order."""
+        stored_K = rows_K < len(self.passages)
+        if stored_K.all():
+            return self.passages.take(rows_K) if len(rows_K) else passage_array([])
+        written = passage_array([self.delta.passage(row) for row in rows_K[~stored_K].tolist()])
+        if not stored_K.any():
+            return written
+        # Those of the table first, then those written since; back in order.
+        both = pa.concat_arrays([self.passages.take(rows_K[stored_K]), written])
+        return both.take(pa.array(np.argsort(np.argsort(~stored_K, kind="stable"), kind="stable")))
 
     def warm_up(self) -> None:
         """Search and read once, so that the first request does not pay for what libraries put off until then."""
@@ -145,7 +153,7 @@ class Collection:
         row = self.delta.row_of(passage_id)
         if row is None:
             raise NotFound(f"collection `{self.name}` has no passage {passage_id}", param="passage_id")
-        return self.take(np.array([row]))[row]
+        return Passage.model_validate(self.take(np.array([row]))[0].as_py())
 
     @property
     def index_info(self) -> IndexInfo:

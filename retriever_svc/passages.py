@@ -12,10 +12,10 @@ import lance
 import numpy as np
 import pyarrow as pa
 
+from shared.documents import PASSAGE_TYPE
 from shared.retrieval import Int64Array
-from shared.schemas import Passage
 
-READ_COLUMNS = ["id", "title", "text"]
+READ_COLUMNS = ["title", "text"]  # the ids are in memory
 EMBEDDING_TYPES = {"float16": pa.float16(), "float32": pa.float32()}
 
 
@@ -76,12 +76,12 @@ class PassageTable:
         """All columns, in row order, at most ``rows`` at a time."""
         yield from self._dataset.to_batches(batch_size=rows, scan_in_order=True)
 
-    def take(self, rows: Int64Array) -> dict[int, Passage]:
-        """The passages of ``rows`` (at least one, any order, repeats allowed), by row: one read for all of them."""
-        wanted = np.unique(rows).tolist()
-        columns = self._dataset.take(wanted, columns=READ_COLUMNS).to_pydict()
-        found = zip(wanted, columns["id"], columns["title"], columns["text"], strict=True)
-        return {row: Passage(id=passage_id, title=title, text=text) for row, passage_id, title, text in found}
+    def take(self, rows_K: Int64Array) -> pa.StructArray:
+        """The passages of ``rows_K`` (at least one, any order, repeats allowed), in that order: one read for them all."""
+        distinct, at_K = np.unique(rows_K, return_inverse=True)
+        read = self._dataset.take(distinct.tolist(), columns=READ_COLUMNS)
+        columns = [pa.array(self.ids[distinct]), *(read[name].combine_chunks() for name in READ_COLUMNS)]
+        return pa.StructArray.from_arrays(columns, fields=list(PASSAGE_TYPE)).take(pa.array(at_K))
 
 
 def _read_ids(dataset: Any) -> Int64Array:

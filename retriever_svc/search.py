@@ -14,8 +14,8 @@ import numpy as np
 from retriever_svc.collection import Collection
 from retriever_svc.metrics import RetrieverMetrics
 from retriever_svc.ranking import Ranked
+from shared.documents import Documents
 from shared.retrieval import RetrieveQuery, RetrieveResult
-from shared.schemas import Passage
 
 
 @dataclass(frozen=True)
@@ -64,25 +64,33 @@ def search_batch(items: list[SearchItem], metrics: RetrieverMetrics) -> list[Ret
     wanted = [
         one.rows for item, answer in zip(items, answers, strict=True) if item.query.return_passages for one in answer
     ]
-    passages = collection.take(np.concatenate(wanted)) if wanted else {}
+    passages = collection.take(np.concatenate(wanted)) if wanted else None
     done = time.perf_counter()
 
     metrics.queries.labels(collection.name).inc(len(vectors_BD))
     metrics.search_seconds.observe(searched - started)
     metrics.passages_seconds.observe(done - searched)
     timings_ms = {"search": (searched - started) * 1e3, "passages": (done - searched) * 1e3}
-    return [_result(item, answer, passages, timings_ms) for item, answer in zip(items, answers, strict=True)]
+    results, start = [], 0
+    for item, answer in zip(items, answers, strict=True):
+        counts = [len(one.rows) for one in answer]
+        documents = None
+        if item.query.return_passages and passages is not None:
+            documents = Documents(passages.slice(start, sum(counts)), counts)
+            start += sum(counts)
+        results.append(_result(item, answer, documents, timings_ms))
+    return results
 
 
 def _result(
-    item: SearchItem, ranked: list[Ranked], passages: dict[int, Passage], timings_ms: dict[str, float]
+    item: SearchItem, ranked: list[Ranked], documents: Documents | None, timings_ms: dict[str, float]
 ) -> RetrieveResult:
     query, collection = item.query, item.collection
     return RetrieveResult(
         doc_ids=[one.ids for one in ranked],
         doc_scores=[one.scores for one in ranked],
         doc_embeds=[one.embeddings for one in ranked] if query.return_embeds else None,
-        docs=[[passages[row] for row in one.rows.tolist()] for one in ranked] if query.return_passages else None,
+        docs=documents,
         index=collection.index_info,
         timings_ms=timings_ms,
     )

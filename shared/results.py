@@ -13,13 +13,13 @@ from pydantic_core import to_json
 
 from shared import arrow
 from shared.arrays import as_float32, decode_array, decode_vectors
+from shared.documents import PASSAGE_TYPE, Documents, passage_array
 from shared.errors import InvalidRequest, RequestError, UnsupportedMediaType, UpstreamError
 from shared.forms import ARROW_TYPE, JSON_TYPE, Form, json_array, media_type
 from shared.retrieval import Float32Array, RetrieveResult
 from shared.schemas import EncodedArray, IndexInfo, Passage, RetrieveResponse
 from shared.validation import refusal_of
 
-_PASSAGE = pa.struct([("id", pa.int64()), ("title", pa.string()), ("text", pa.string())])
 _TIMINGS = TypeAdapter(dict[str, float])
 
 
@@ -27,18 +27,24 @@ def result_to_wire(result: RetrieveResult, form: Form) -> tuple[bytes, str]:
     """Body and Content-Type. In Arrow one row is one query, and what was not asked for has no column."""
     if form == "arrow":
         return _result_to_arrow(result), ARROW_TYPE
-    embeds, docs = result.doc_embeds, result.docs
+    embeds = result.doc_embeds
     return to_json(
         {
             "doc_ids": [ids.tolist() for ids in result.doc_ids],
             "doc_scores": [scores.tolist() for scores in result.doc_scores],
             "retrieved_doc_embeds": None if embeds is None else [json_array(rows, form) for rows in embeds],
-            "docs": None if docs is None else [list(of_query) for of_query in docs],
+            "docs": _json_documents(result.docs),
             "n_found": result.n_found,
             "index": result.index,
             "timings_ms": result.timings_ms,
         }
     ), JSON_TYPE
+
+
+def _json_documents(docs: Sequence[Sequence[Passage]] | None) -> Any:
+    if isinstance(docs, Documents):
+        return docs.to_pylist()
+    return None if docs is None else [list(of_query) for of_query in docs]
 
 
 def result_from_wire(body: bytes, content_type: str | None) -> RetrieveResult:
@@ -109,10 +115,11 @@ def _result_to_arrow(result: RetrieveResult) -> bytes:
         flat = pa.array(_joined([rows.reshape(-1) for rows in result.doc_embeds], np.float32))
         rows = pa.FixedSizeListArray.from_arrays(flat, dimension) if dimension else pa.array([], _embeds_type(0))
         columns["retrieved_doc_embeds"] = pa.ListArray.from_arrays(offsets, rows)
-    if result.docs is not None:
-        passages = [doc for of_query in result.docs for doc in of_query]
-        fields = [pa.array([getattr(doc, field.name) for doc in passages], field.type) for field in _PASSAGE]
-        columns["docs"] = pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(fields, fields=list(_PASSAGE)))
+    if isinstance(result.docs, Documents):
+        columns["docs"] = pa.ListArray.from_arrays(offsets, result.docs.passages)
+    elif result.docs is not None:
+        passages = passage_array([doc for of_query in result.docs for doc in of_query])
+        columns["docs"] = pa.ListArray.from_arrays(offsets, passages)
     return arrow.write_stream(columns, {"index": result.index.model_dump(), "timings_ms": result.timings_ms})
 
 
@@ -127,7 +134,7 @@ def _result_from_arrow(table: pa.Table) -> RetrieveResult:
         raise InvalidRequest("doc_ids or doc_scores has another type")
     if embeds is not None and not _holds_matrices(embeds.type):
         raise InvalidRequest("retrieved_doc_embeds has another type")
-    if docs is not None and docs.type != pa.list_(_PASSAGE):
+    if docs is not None and docs.type != pa.list_(PASSAGE_TYPE):
         raise InvalidRequest("docs has another type")
     about = {key: arrow.json_metadata(table, key) for key in ("index", "timings_ms")}
     try:
