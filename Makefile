@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test test-fast check lint docs demo-model bench bench-engine bench-serve parity gpu-check clean browser
+.PHONY: help setup setup-dev run test test-fast check lint docs demo-model bench bench-engine bench-serve parity crash gpu-check clean browser
 
 PYTHON ?= python3
 VENV   := .venv
@@ -61,6 +61,9 @@ bench-serve: setup-dev  ## load both services at rising rates, beside transforme
 
 parity: setup-dev  ## compare token ids with transformers' on N random models, inputs and options (N=500)
 	@$(BIN)/python -W ignore -m tests.parity $(or $(N),500)
+
+crash: setup-dev  ## kill a retriever under writes and builds N times, and look for what is lost (N=20, SEED=…)
+	@$(BIN)/python -W ignore -m tests.crash $(or $(N),20) $(if $(SEED),--seed $(SEED))
 
 gpu-check:  ## everything that runs on CUDA against the CPU; says so where there is no CUDA
 	@mkdir -p build benchmarks/results
