@@ -60,13 +60,13 @@ ARROW_REQUEST = (
 )
 ARROW_RESPONSE = (
     "Arrow IPC stream, one row a query: doc_ids list<int64>, doc_scores list<float32>, "
-    "retrieved_doc_embeds list<fixed_size_list<float32>[D]>, docs list<struct<id, title, text>>; "
-    "`index` and `timings_ms` as JSON in the schema metadata."
+    "retrieved_doc_embeds list<fixed_size_list<float32>[D]>, docs list<struct<id, title, text>> (where the collection "
+    "has metadata: and metadata, a string of JSON); `index` and `timings_ms` as JSON in the schema metadata."
 )
 
 ARROW_UPSERT = (
     "Arrow IPC stream, one row a passage: text string, embedding fixed_size_list<float32 or float16>[D], and where "
-    "wanted id int64 and title string."
+    "wanted id int64, title string, and the collection's metadata columns."
 )
 
 PassageId = Annotated[int, PathParameter(ge=0, le=INT64_MAX)]

@@ -120,7 +120,7 @@ def _write_generation(
     keep = options.index_file is not None
     index = IndexBuilder(folder, source.dimension, source.dtype, options.kind, keep=keep)
     writing = _Writing(source, index, progress)
-    schema = passage_schema(source.dimension, source.dtype)
+    schema = passage_schema(source.dimension, source.dtype, source.metadata)
     try:
         passages_version = PassageTable.write(folder / gen.PASSAGES, schema, writing.batches())
     except OSError as error:

@@ -3,9 +3,9 @@
     data/collections/<collection>/changes/<lineage>/<first change>.log
 
 A record is ``length (8 bytes) | number (8) | crc32 of the body (4) | crc32 of these three (4) | body``, little-endian.
-The body is an Arrow IPC stream: the columns ``id``, ``title``, ``text``, ``embedding`` of passages that are new or
-replace others, or the column ``id`` alone of passages that are deleted. Numbers count from 1 without a gap, through
-all files of a lineage.
+The body is an Arrow IPC stream: the columns ``id``, ``title``, ``text``, ``embedding`` and metadata of passages that
+are new or replace others, or the column ``id`` alone of passages that are deleted. Numbers count from 1 without a gap,
+through all files of a lineage.
 
 A record is all there or not: what a crash left incomplete at the end of the last file was never acknowledged, and is
 cut off. A damage anywhere else is refused with the file's name.
@@ -26,6 +26,7 @@ import pyarrow as pa
 import structlog
 
 from retriever_svc.generation import flush
+from retriever_svc.metadata import NO_METADATA, PASSAGE_COLUMNS
 from retriever_svc.passages import passage_schema
 from shared.errors import Conflict, StartupError
 from shared.retrieval import Float32Array, Int64Array
@@ -40,12 +41,16 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Upsert:
-    """``ids`` (n,), all different; ``embeddings`` (n, D) as the collection stores them."""
+    """``ids`` (n,), all different; ``embeddings`` (n, D) as the collection stores them.
+
+    ``metadata``: n rows of the collection's metadata columns; None where it has none.
+    """
 
     ids: Int64Array
     titles: Sequence[str]
     texts: Sequence[str]
     embeddings: Float32Array
+    metadata: pa.RecordBatch | None = None
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,9 @@ def to_batch(change: Change, dtype: str) -> pa.RecordBatch:
             pa.array(change.titles, pa.string()),
             pa.array(change.texts, pa.string()),
             pa.FixedSizeListArray.from_arrays(flat, dimension),
+            *([] if change.metadata is None else change.metadata.columns),
         ],
-        schema=passage_schema(dimension, dtype),
+        schema=passage_schema(dimension, dtype, NO_METADATA if change.metadata is None else change.metadata.schema),
     )
 
 
@@ -81,7 +87,8 @@ def from_batch(batch: pa.RecordBatch) -> Change:
     column = batch.column("embedding")
     embeddings = column.flatten().to_numpy(zero_copy_only=False).reshape(len(batch), column.type.list_size)
     titles, texts = batch.column("title").to_pylist(), batch.column("text").to_pylist()
-    return Upsert(ids, titles, texts, embeddings.astype(np.float32))
+    names = [name for name in batch.schema.names if name not in PASSAGE_COLUMNS]
+    return Upsert(ids, titles, texts, embeddings.astype(np.float32), batch.select(names) if names else None)
 
 
 class ChangeLog:

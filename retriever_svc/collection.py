@@ -10,10 +10,12 @@ from retriever_svc import generation as gen
 from retriever_svc import ranking
 from retriever_svc.changes import Change, ChangeLog, Upsert, read_changes
 from retriever_svc.delta import Delta
+from retriever_svc.filters import Filters, Selection
 from retriever_svc.index import INDEX, Device, GpuStorage, Index, merged
+from retriever_svc.metadata import types_of
 from retriever_svc.passages import PassageTable
 from retriever_svc.ranking import Ranked, Segment
-from shared.documents import passage_array
+from shared.documents import passage_array, passage_of
 from shared.errors import InvalidRequest, NotFound, StartupError
 from shared.retrieval import Float32Array, Int64Array
 from shared.schemas import CollectionInfo, IndexInfo, Passage, SearchParams
@@ -34,6 +36,7 @@ class Collection:
         self.passages = passages
         self.index = index
         self.delta = Delta(passages, manifest.dimension)
+        self.filters = Filters(passages, self.delta)
         self.applied = manifest.applied
         self.next_id = int(passages.ids.max(initial=-1)) + 1
 
@@ -126,17 +129,24 @@ class Collection:
         return [base] if added is None else [base, added]
 
     def search(
-        self, vectors_BD: Float32Array, n_docs: Sequence[int], params: SearchParams | None = None
+        self,
+        vectors_BD: Float32Array,
+        n_docs: Sequence[int],
+        params: SearchParams | None = None,
+        selection: Selection | None = None,
     ) -> list[Ranked]:
-        """The best ``n_docs[b]`` documents of each query, see :mod:`retriever_svc.ranking`."""
-        return ranking.search(self.segments(), vectors_BD, n_docs, merged(self.manifest.search_params, params))
+        """The best ``n_docs[b]`` documents of each query, of those selected; see :mod:`retriever_svc.ranking`."""
+        chosen = None if selection is None else [selection.base, selection.added()]
+        return ranking.search(self.segments(), vectors_BD, n_docs, merged(self.manifest.search_params, params), chosen)
 
     def take(self, rows_K: Int64Array) -> pa.StructArray:
         """The passages of ``rows_K``, in that order."""
         stored_K = rows_K < len(self.passages)
         if stored_K.all():
             return self.passages.take(rows_K) if len(rows_K) else passage_array([])
-        written = passage_array([self.delta.passage(row) for row in rows_K[~stored_K].tolist()])
+        has_metadata = bool(self.passages.metadata.names)
+        found = [self.delta.passage(row) for row in rows_K[~stored_K].tolist()]
+        written = passage_array(found, metadata=has_metadata)
         if not stored_K.any():
             return written
         # Those of the table first, then those written since; back in order.
@@ -153,7 +163,7 @@ class Collection:
         row = self.delta.row_of(passage_id)
         if row is None:
             raise NotFound(f"collection `{self.name}` has no passage {passage_id}", param="passage_id")
-        return Passage.model_validate(self.take(np.array([row]))[0].as_py())
+        return passage_of(self.take(np.array([row]))[0].as_py())
 
     @property
     def index_info(self) -> IndexInfo:
@@ -176,4 +186,5 @@ class Collection:
             dtype=manifest.dtype,
             device=self.index.device,
             created_at=manifest.created_at,
+            metadata=types_of(self.passages.metadata),
         )

@@ -3,11 +3,15 @@
 Belongs to the thread that searches.
 """
 
+from bisect import bisect_left
+
 import faiss
 import numpy as np
+import pyarrow as pa
 
 from retriever_svc.changes import Change, Upsert
 from retriever_svc.index import Index
+from retriever_svc.metadata import to_wire
 from retriever_svc.passages import PassageTable
 from retriever_svc.ranking import Segment
 from shared.retrieval import Float32Array, Int64Array
@@ -22,6 +26,8 @@ class Delta:
         self._index = faiss.IndexFlatIP(dimension)
         self._rows: dict[int, int] = {}  # of passages alive here, by id
         self._passages: list[Passage] = []
+        self._batches: list[pa.RecordBatch] = []  # one a change: what filters look at
+        self._firsts: list[int] = []  # row here of each batch's first
         self._ids = np.empty(0, np.int64)
         self._dead = np.empty(0, np.bool_)
         self.max_norm = 0.0
@@ -51,9 +57,17 @@ class Delta:
         self._index.add(np.ascontiguousarray(change.embeddings, dtype=np.float32))
         self._ids = np.concatenate([self._ids, change.ids])
         self._dead = np.concatenate([self._dead, np.zeros(len(change.ids), np.bool_)])
-        for passage_id, title, text in zip(change.ids.tolist(), change.titles, change.texts, strict=True):
+        metadata = to_wire(change.metadata, len(change.ids))
+        first = len(self._passages)
+        for passage_id, title, text, more in zip(
+            change.ids.tolist(), change.titles, change.texts, metadata, strict=True
+        ):
             self._rows[passage_id] = len(self._passages)
-            self._passages.append(Passage(id=passage_id, title=title, text=text))
+            self._passages.append(Passage(id=passage_id, title=title, text=text, metadata=more))
+        columns = [pa.array(change.ids), pa.array(change.titles, pa.string()), pa.array(change.texts, pa.string())]
+        columns += [] if change.metadata is None else change.metadata.columns
+        self._firsts.append(first)
+        self._batches.append(pa.record_batch(columns, schema=self._base.filterable))
         norms = np.linalg.norm(change.embeddings.astype(np.float64), axis=1)
         self.max_norm = max(self.max_norm, float(norms.max(initial=0.0)))
 
@@ -66,6 +80,22 @@ class Delta:
     def size(self) -> int:
         """Changes that a search pays for: rows here, dead ones included, and dead rows of the generation."""
         return len(self._passages) + self.n_base_dead
+
+    @property
+    def written(self) -> int:
+        """Rows here, dead ones included."""
+        return len(self._passages)
+
+    def table(self, first: int) -> pa.Table:
+        """What filters look at of the rows from ``first`` on, where a change began; from any thread."""
+        return pa.Table.from_batches(self._batches[bisect_left(self._firsts, first) :], self._base.filterable)
+
+    def metadata(self, rows: Int64Array) -> pa.RecordBatch | None:
+        """The metadata of ``rows`` (at least one); None where the collection has none."""
+        if not (names := self._base.metadata.names):
+            return None
+        found = self.table(0).select(names).take(pa.array(rows - len(self._base)))
+        return found.combine_chunks().to_batches()[0]
 
     def segment(self) -> Segment | None:
         """None where nothing was added."""

@@ -40,7 +40,7 @@ def rebuild(
     for _, change in read_changes(folder, manifest.lineage, after=manifest.applied, upto=upto):
         delta.apply(change)
     source = Source(
-        passage_schema(manifest.dimension, manifest.dtype),
+        passage_schema(manifest.dimension, manifest.dtype, passages.metadata),
         _batches(passages, delta, manifest.dtype),
         manifest.encoder,
         count=manifest.count - delta.n_base_dead + delta.count,
@@ -62,7 +62,7 @@ def _batches(passages: PassageTable, delta: Delta, dtype: str) -> Iterator[pa.Re
             found = [delta.passage(row) for row in part.tolist()]
             ids = np.array([passage.id for passage in found], np.int64)
             titles, texts = [passage.title for passage in found], [passage.text for passage in found]
-            yield to_batch(Upsert(ids, titles, texts, delta.embeddings(part)), dtype)
+            yield to_batch(Upsert(ids, titles, texts, delta.embeddings(part), delta.metadata(part)), dtype)
 
 
 def main() -> None:

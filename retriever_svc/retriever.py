@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from retriever_svc.catalog import Catalog
 from retriever_svc.collection import Collection
+from retriever_svc.filters import Selection
 from retriever_svc.index import recipe, use_threads
 from retriever_svc.jobs import Jobs
 from retriever_svc.metrics import RetrieverMetrics
@@ -17,13 +19,14 @@ from retriever_svc.search import Call, SearchItem, run_batch
 from retriever_svc.settings import RetrieverSettings
 from retriever_svc.writer import Writer
 from shared.deadline import Deadline
-from shared.errors import InvalidRequest, Overloaded, StartupError, Unavailable
+from shared.errors import DeadlineExceeded, InvalidRequest, Overloaded, StartupError, Unavailable
 from shared.metrics import WorkerMetrics
 from shared.retrieval import RetrieveQuery, RetrieveResult
 from shared.schemas import BuildRequest, Job
 from shared.worker import DeviceWorker
 
 FULL_QUEUE_S = 0.005
+FILTER_THREADS = 2
 
 Result = TypeVar("Result")
 
@@ -37,6 +40,8 @@ class Retriever:
         self._catalog: Catalog | None = None
         self._writers: dict[str, Writer] = {}
         self.jobs = Jobs()
+        self._filter_threads = ThreadPoolExecutor(FILTER_THREADS, thread_name_prefix="filter")
+        self._filtering = 0
         self._worker = DeviceWorker[SearchItem | Call, Any](
             lambda items: run_batch(items, self._metrics),
             name="search",
@@ -71,6 +76,7 @@ class Retriever:
         for writer in self._writers.values():
             await writer.close()
         await self._worker.stop()
+        self._filter_threads.shutdown(wait=False, cancel_futures=True)
 
     async def _in_worker(self, function: Callable[[], Result]) -> Result:
         """Run a function in the thread that searches, between two batches."""
@@ -155,8 +161,28 @@ class Retriever:
         collection.check_queries(query.vectors)
         collection.index.check_params(query.search_params)
         self._check_limits(query, collection)
-        result: RetrieveResult = await self._worker.submit(SearchItem(query, collection), deadline)
-        return replace(result, timings_ms={**result.timings_ms, "total": (time.perf_counter() - began) * 1e3})
+        selection = None if query.filter is None else await self._selection(collection, query.filter, deadline)
+        selected = {} if selection is None else {"filter": (time.perf_counter() - began) * 1e3}
+        result: RetrieveResult = await self._worker.submit(SearchItem(query, collection, selection), deadline)
+        total = {"total": (time.perf_counter() - began) * 1e3}
+        return replace(result, timings_ms={**selected, **result.timings_ms, **total})
+
+    async def _selection(self, collection: Collection, expression: str, deadline: Deadline) -> Selection:
+        """The rows that a filter selects; a new one is evaluated in threads of its own."""
+        if (known := collection.filters.kept(expression)) is not None:
+            return known
+        if self._filtering >= self.settings.max_queue:
+            raise Overloaded(f"{self._filtering} filters are being evaluated already", retry_after_s=1)
+        deadline.check("the filter could be evaluated")
+        loop = asyncio.get_running_loop()
+        self._filtering += 1
+        try:
+            async with asyncio.timeout(deadline.remaining_s):
+                return await loop.run_in_executor(self._filter_threads, collection.filters.select, expression)
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed while the filter was evaluated") from None
+        finally:
+            self._filtering -= 1
 
     def _check_limits(self, query: RetrieveQuery, collection: Collection) -> None:
         limits, n_vectors = self.settings, len(query.vectors)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from retriever_svc.collection import Collection
+from retriever_svc.filters import Selection
 from retriever_svc.metrics import RetrieverMetrics
 from retriever_svc.ranking import Ranked
 from shared.documents import Documents
@@ -20,20 +21,22 @@ from shared.retrieval import RetrieveQuery, RetrieveResult
 
 @dataclass(frozen=True)
 class SearchItem:
-    """A request whose query was checked against its collection."""
+    """A request whose query was checked against its collection; ``selection``: of its filter, where it has one."""
 
     query: RetrieveQuery
     collection: Collection
+    selection: Selection | None = None
 
     @property
     def size(self) -> int:
         return len(self.query.vectors)
 
     @property
-    def key(self) -> tuple[str, str, str]:
+    def key(self) -> tuple[str, str, str, str | None]:
         """Items of one key may share a batch."""
         params = self.query.search_params
-        return self.collection.name, self.collection.generation, params.model_dump_json() if params else ""
+        asked = params.model_dump_json() if params else ""
+        return self.collection.name, self.collection.generation, asked, self.query.filter
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def search_batch(items: list[SearchItem], metrics: RetrieverMetrics) -> list[Ret
     n_docs = [item.query.n_docs for item in items for _ in range(item.size)]
 
     started = time.perf_counter()
-    ranked = collection.search(vectors_BD, n_docs, items[0].query.search_params)
+    ranked = collection.search(vectors_BD, n_docs, items[0].query.search_params, items[0].selection)
     searched = time.perf_counter()
     of_batch = iter(ranked)
     answers = [list(itertools.islice(of_batch, item.size)) for item in items]

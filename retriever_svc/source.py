@@ -2,11 +2,12 @@
 
 A source has the columns ``id`` (integer, unique, not negative), ``title``, ``text`` (string) and ``embedding``
 (fixed_size_list<float16|float32>[D], finite), none of them null, and names the encoder that made the embeddings in
-its schema metadata under ``encoder``.
+its schema metadata under ``encoder``. Its other columns, where they hold scalars, are the passages' metadata.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retriever_svc.generation import file_sha256
+from retriever_svc.metadata import clean_column, metadata_schema
 from retriever_svc.passages import EMBEDDING_TYPES, passage_schema
 from shared.errors import InvalidRequest
 from shared.retrieval import Float32Array, Int64Array
@@ -56,15 +58,21 @@ class Source:
     def dtype(self) -> str:
         return str(np.dtype(self.schema.field("embedding").type.value_type.to_pandas_dtype()))
 
+    @cached_property
+    def metadata(self) -> pa.Schema:
+        """The metadata columns, as they are stored."""
+        return metadata_schema(self.schema)
+
     def clean_batches(self) -> Iterator[pa.RecordBatch]:
         """The rows in the table's own schema.
 
         Raises: InvalidRequest: names the column at fault and the row.
         """
-        schema = passage_schema(self.dimension, self.dtype)
+        schema = passage_schema(self.dimension, self.dtype, self.metadata)
         row = 0
         for batch in _readable(self.batches):
             columns = [_clean_column(batch, name, schema.field(name).type, row) for name in COLUMNS]
+            columns += [clean_column(batch.column(one.name), one.type, one.name) for one in self.metadata]
             clean = pa.record_batch(columns, schema=schema)
             _check_values(clean, row)
             row += len(clean)
@@ -84,6 +92,7 @@ def from_stream(reader: pa.RecordBatchReader, encoder: str | None = None) -> Sou
     for name, (fits, wanted) in COLUMNS.items():
         if not fits(schema.field(name).type):
             raise InvalidRequest(f"`{name}` must be {wanted}, it is {schema.field(name).type}", param=name)
+    metadata_schema(schema)  # refuses here what it refuses
     metadata = schema.metadata or {}
     named = metadata[b"encoder"].decode() if b"encoder" in metadata else encoder
     if not named:

@@ -1,6 +1,6 @@
 """Passages on their way in over HTTP: from a body to a change that the collection can take, or a refusal by name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from retriever_svc.changes import Upsert
 from retriever_svc.collection import Collection
+from retriever_svc.metadata import PASSAGE_COLUMNS, from_arrow, from_json
 from shared import arrow
 from shared.arrays import decode_vectors
 from shared.errors import InvalidRequest, UnsupportedMediaType
@@ -48,15 +49,15 @@ def draft_from_wire(body: bytes, content_type: str | None, collection: Collectio
     """
     kind, _ = media_type(content_type)
     if kind == ARROW_TYPE:
-        draft = _from_arrow(arrow.read_stream(body))
+        draft = _from_arrow(arrow.read_stream(body), collection.passages.metadata)
     elif kind == JSON_TYPE:
-        draft = _from_json(body)
+        draft = _from_json(body, collection.passages.metadata)
     else:
         raise UnsupportedMediaType(f"Content-Type must be {JSON_TYPE} or {ARROW_TYPE}")
     return _checked(draft, collection)
 
 
-def _from_json(body: bytes) -> Draft:
+def _from_json(body: bytes, metadata: pa.Schema) -> Draft:
     try:
         passages = UpsertRequest.model_validate_json(body).passages
     except ValidationError as refused:
@@ -71,15 +72,17 @@ def _from_json(body: bytes) -> Draft:
         [passage.title for passage in passages],
         [passage.text for passage in passages],
         decode_vectors([passage.embedding for passage in passages], "passages.embedding"),
+        from_json([passage.metadata for passage in passages], metadata),
     )
 
 
-def _from_arrow(table: pa.Table) -> Draft:
+def _from_arrow(table: pa.Table, metadata: pa.Schema) -> Draft:
     wanted = {"id": pa.int64(), "title": pa.string(), "text": pa.string()}
     if missing := {"text", "embedding"} - set(table.schema.names):
         raise InvalidRequest(f"the column {min(missing)!r} is missing", param=min(missing))
-    if unknown := set(table.schema.names) - {*wanted, "embedding"}:
-        raise InvalidRequest(f"the column {min(unknown)!r} is not known", param=min(unknown))
+    if unknown := set(table.schema.names) - {*PASSAGE_COLUMNS, *metadata.names}:
+        there = ", ".join([*PASSAGE_COLUMNS, *metadata.names])
+        raise InvalidRequest(f"the column {min(unknown)!r} is not known; there are: {there}", param=min(unknown))
     if len(set(table.schema.names)) < len(table.schema.names):
         raise InvalidRequest("a column stands there twice")
     for name, column in wanted.items():
@@ -95,13 +98,19 @@ def _from_arrow(table: pa.Table) -> Draft:
         raise InvalidRequest("id: ids must not be negative", param="id")
     titles = table["title"].to_pylist() if "title" in table.schema.names else [""] * len(table)
     embeddings = arrow.vector_column(table.select(["embedding"]), "embedding")
-    return _draft(ids, titles, table["text"].to_pylist(), embeddings)
+    return _draft(ids, titles, table["text"].to_pylist(), embeddings, from_arrow(table, metadata))
 
 
-def _draft(ids: list[int | None], titles: list[str], texts: list[str], embeddings: Float32Array) -> Draft:
+def _draft(
+    ids: list[int | None],
+    titles: list[str],
+    texts: list[str],
+    embeddings: Float32Array,
+    metadata: pa.RecordBatch | None,
+) -> Draft:
     unnamed = np.array([i is None for i in ids])
     numbers: Int64Array = np.array([-1 if i is None else i for i in ids], np.int64)
-    return Draft(Upsert(numbers, titles, texts, embeddings), unnamed)
+    return Draft(Upsert(numbers, titles, texts, embeddings, metadata), unnamed)
 
 
 def _checked(draft: Draft, collection: Collection) -> Draft:
@@ -120,4 +129,4 @@ def _checked(draft: Draft, collection: Collection) -> Draft:
             f"the embedding of passage {too_large[0]} is too large to be stored as {collection.manifest.dtype}",
             param=f"passages.{too_large[0]}.embedding",
         )
-    return Draft(Upsert(change.ids, change.titles, change.texts, stored), draft.unnamed)
+    return Draft(replace(change, embeddings=stored), draft.unnamed)

@@ -1,19 +1,25 @@
 """The passages of an answer as Arrow columns: they go from the disk to the wire without an object for each of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 import pyarrow as pa
+from pydantic import TypeAdapter
+from pydantic_core import to_json
 
 from shared.schemas import Passage
 
 PASSAGE_TYPE = pa.struct([("id", pa.int64()), ("title", pa.string()), ("text", pa.string())])
+# Of collections that have metadata: each passage's as JSON, so that a value is the same in every form.
+PASSAGE_WITH_METADATA = pa.struct([*PASSAGE_TYPE, pa.field("metadata", pa.string())])
+
+_METADATA: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
 class Documents(Sequence[Sequence[Passage]]):
     """One list of passages a query; made into objects only where one is looked at.
 
-    ``passages``: all of them, of `PASSAGE_TYPE`, query by query; ``counts``: how many each query has.
+    ``passages``: all of them, of one of the two types, query by query; ``counts``: how many each query has.
     """
 
     def __init__(self, passages: pa.StructArray, counts: Sequence[int]) -> None:
@@ -33,7 +39,7 @@ class Documents(Sequence[Sequence[Passage]]):
         if isinstance(at, slice):
             return [self[b] for b in range(*at.indices(len(self)))]
         b = range(len(self))[at]
-        return [Passage.model_validate(fields) for fields in self._rows(b)]
+        return [passage_of(fields) for fields in self.passages[self._starts[b] : self._starts[b + 1]].to_pylist()]
 
     def to_pylist(self) -> list[list[dict[str, Any]]]:
         """As in JSON."""
@@ -41,10 +47,35 @@ class Documents(Sequence[Sequence[Passage]]):
 
     def _rows(self, b: int) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = self.passages[self._starts[b] : self._starts[b + 1]].to_pylist()
+        for row in rows:
+            if row.get("metadata") is not None:
+                row["metadata"] = _METADATA.validate_json(row["metadata"])
         return rows
 
 
-def passage_array(passages: Sequence[Passage]) -> pa.StructArray:
-    """Passages of `PASSAGE_TYPE`."""
-    columns = [pa.array([getattr(one, field.name) for one in passages], field.type) for field in PASSAGE_TYPE]
-    return pa.StructArray.from_arrays(columns, fields=list(PASSAGE_TYPE))
+def passage_columns(
+    ids: pa.Array, titles: pa.Array, texts: pa.Array, metadata: Sequence[Mapping[str, Any] | None] | None
+) -> pa.StructArray:
+    """Passages as one of the two types; ``metadata`` is None where the collection has none."""
+    if metadata is None:
+        return pa.StructArray.from_arrays([ids, titles, texts], fields=list(PASSAGE_TYPE))
+    written = pa.array([None if one is None else to_json(one).decode() for one in metadata], pa.string())
+    return pa.StructArray.from_arrays([ids, titles, texts, written], fields=list(PASSAGE_WITH_METADATA))
+
+
+def passage_array(passages: Sequence[Passage], *, metadata: bool | None = None) -> pa.StructArray:
+    """Passages as columns, with ``metadata`` or without; None: as the passages are."""
+    if metadata is None:
+        metadata = any(one.metadata is not None for one in passages)
+    ids, titles, texts = (
+        pa.array([getattr(one, field.name) for one in passages], field.type) for field in PASSAGE_TYPE
+    )
+    return passage_columns(ids, titles, texts, [one.metadata for one in passages] if metadata else None)
+
+
+def passage_of(fields: dict[str, Any]) -> Passage:
+    """Of a row of either type."""
+    metadata = fields.get("metadata")
+    return Passage.model_validate(
+        {**fields, "metadata": None if metadata is None else _METADATA.validate_json(metadata)}
+    )

@@ -13,7 +13,7 @@ from pydantic_core import to_json
 
 from shared import arrow
 from shared.arrays import as_float32, decode_array, decode_vectors
-from shared.documents import PASSAGE_TYPE, Documents, passage_array
+from shared.documents import PASSAGE_TYPE, PASSAGE_WITH_METADATA, Documents, passage_array, passage_of
 from shared.errors import InvalidRequest, RequestError, UnsupportedMediaType, UpstreamError
 from shared.forms import ARROW_TYPE, JSON_TYPE, Form, json_array, media_type
 from shared.retrieval import Float32Array, RetrieveResult
@@ -134,7 +134,7 @@ def _result_from_arrow(table: pa.Table) -> RetrieveResult:
         raise InvalidRequest("doc_ids or doc_scores has another type")
     if embeds is not None and not _holds_matrices(embeds.type):
         raise InvalidRequest("retrieved_doc_embeds has another type")
-    if docs is not None and docs.type != pa.list_(PASSAGE_TYPE):
+    if docs is not None and docs.type not in (pa.list_(PASSAGE_TYPE), pa.list_(PASSAGE_WITH_METADATA)):
         raise InvalidRequest("docs has another type")
     about = {key: arrow.json_metadata(table, key) for key in ("index", "timings_ms")}
     try:
@@ -142,7 +142,7 @@ def _result_from_arrow(table: pa.Table) -> RetrieveResult:
             doc_ids=[_numbers(row.values) for row in ids],
             doc_scores=[_numbers(row.values) for row in scores],
             doc_embeds=None if embeds is None else [_matrix(row.values) for row in embeds],
-            docs=None if docs is None else [[Passage.model_validate(doc) for doc in row.as_py()] for row in docs],
+            docs=None if docs is None else [[passage_of(doc) for doc in row.as_py()] for row in docs],
             index=IndexInfo.model_validate(about["index"]),
             timings_ms=_TIMINGS.validate_python(about["timings_ms"]),
         )

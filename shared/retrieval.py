@@ -25,6 +25,7 @@ class RetrieveQuery:
     return_embeds: bool = True
     return_passages: bool = True
     search_params: SearchParams | None = None
+    filter: str | None = None
     timeout_ms: int | None = None
 
 

@@ -7,7 +7,15 @@ of the service; here stand only the bounds that hold everywhere.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
 
 INT64_MAX = 2**63 - 1
 
@@ -28,6 +36,22 @@ Strategy = Literal["token", "sequence"]
 # The first bad number ends the check: a body of millions of them must not become a list of millions of errors.
 Row = Annotated[list[float], Field(fail_fast=True)]
 Rows = Annotated[list[Row], Field(fail_fast=True)]
+MetadataType = Literal["string", "integer", "float", "boolean", "date", "timestamp"]
+MetadataValue = str | int | float | bool | None
+# What a client sends is checked against the collection's columns, value by value, and refused at the first bad one.
+SentMetadata = Annotated[
+    dict[str, Any],
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": ["string", "number", "boolean", "null"]}}),
+]
+LONGEST_FILTER = 4000
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+def _is_empty(value: dict[str, MetadataType]) -> bool:
+    return not value
 
 
 class Wire(BaseModel):
@@ -72,6 +96,12 @@ class Passage(Wire):
     id: int = Field(ge=0, le=INT64_MAX)
     title: str
     text: str
+    metadata: dict[str, MetadataValue] | None = Field(
+        default=None,
+        exclude_if=_is_none,
+        description="By column, where the collection has such; dates as `2026-01-31`, timestamps as "
+        "`2026-01-31T12:00:00Z`.",
+    )
 
 
 class IndexInfo(Wire):
@@ -104,6 +134,13 @@ class RetrieveOptions(Request):
     return_embeds: bool = True
     return_passages: bool = True
     search_params: SearchParams | None = Field(default=None, description="Beyond what the collection is set to.")
+    filter: Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_FILTER)] | None = Field(
+        default=None,
+        exclude_if=_is_none,
+        description="SQL condition on metadata columns, id, title and text that every document fulfils, such as "
+        "`year >= 1990 AND lang IN ('en', 'de') AND published < date '2020-01-31'`. A name with a blank in it stands "
+        "in `backticks`.",
+    )
 
 
 class RetrieveRequest(RetrieveOptions):
@@ -139,6 +176,9 @@ class CollectionInfo(Wire):
     dtype: Literal["float16", "float32"] = Field(description="Storage of the embeddings.")
     device: str
     created_at: str
+    metadata: dict[str, MetadataType] = Field(
+        default_factory=dict, exclude_if=_is_empty, description="Columns beside id, title and text, for filters."
+    )
 
 
 class CollectionList(Wire):
@@ -152,6 +192,9 @@ class NewPassage(Sent):
     title: str = ""
     text: str
     embedding: Row
+    metadata: SentMetadata | None = Field(
+        default=None, description="Values of the collection's metadata columns; those that are missing are null."
+    )
 
 
 class UpsertRequest(Sent):

@@ -48,3 +48,4 @@ class RetrieveOptions(EncodeOptions, total=False):
     return_embeds: bool
     return_passages: bool
     search_params: SearchParams | None
+    filter: str | None
