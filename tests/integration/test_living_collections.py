@@ -18,11 +18,13 @@ from retriever_svc.ranking import inner_products
 from shared.arrow import vector_array, write_stream
 from shared.retrieval import RetrieveQuery
 from shared.vectors import ARROW_TYPE, query_to_wire, result_from_wire
+from tests.filters_data import Condition, Row, conditions, metadata_columns, random_metadata
 from tests.retriever_data import passage_table, random_embeddings, source_of, text, title
 from tests.retriever_process import RetrieverProcess
 
 D = 8
 N = 700
+FILTERED = "flat"  # the collection that has metadata
 KINDS = {"flat": "flat", "half": "flat-fp16", "graph": "hnsw", "lists": "ivf-flat", "codes": "ivf-pq"}
 
 
@@ -30,7 +32,11 @@ KINDS = {"flat": "flat", "half": "flat-fp16", "graph": "hnsw", "lists": "ivf-fla
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RetrieverProcess]:
     data = tmp_path_factory.mktemp("living") / "data"
     for name, kind in KINDS.items():
-        source = source_of(passage_table(random_embeddings(N, D, dtype="float16")), batch_rows=100)
+        table = passage_table(random_embeddings(N, D, dtype="float16"))
+        if name == FILTERED:
+            for column, values in metadata_columns(random_metadata(N, 0)).items():
+                table = table.append_column(column, values)
+        source = source_of(table, batch_rows=100)
         build_collection(data / "collections" / name, source, options=Options(kind=kind))
     service = RetrieverProcess(data, rebuild_after=400).start()
     yield service
@@ -47,10 +53,12 @@ class Model:
         embeddings = random_embeddings(N, D, dtype="float16").astype(np.float32)
         self.embeddings = dict(enumerate(embeddings))
         self.texts = {i: (title(i), text(i)) for i in range(N)}
+        self.metadata = dict(enumerate(random_metadata(N, 0)))
         self.version = 0
         self.renamed = 0
 
-    def upsert(self, passage_id: int, words: tuple[str, str], embedding: np.ndarray) -> None:
+    def upsert(self, passage_id: int, words: tuple[str, str], embedding: np.ndarray, metadata: Row) -> None:
+        self.metadata[passage_id] = metadata
         self.embeddings[passage_id] = embedding.astype(np.float16).astype(np.float32)
         self.texts[passage_id] = words
 
@@ -91,6 +99,7 @@ class Living(RuleBasedStateMachine):
         ids = [None if dice.random() < 0.2 else i for i in ids]
         embeddings = random_embeddings(n, D, seed=seed)
         words = [(f"T{seed}-{i}", f"text {i} “é”") for i in range(n)]
+        metadata = random_metadata(n, seed)
         path = f"/v1/collections/{name}/passages"
         if arrow:
             columns = {
@@ -99,6 +108,8 @@ class Living(RuleBasedStateMachine):
                 "text": pa.array([w[1] for w in words]),
                 "embedding": vector_array(embeddings),
             }
+            if name == FILTERED:
+                columns |= metadata_columns(metadata)
             body = write_stream(columns, {})
             written = self.call("POST", path, content=body, headers={"Content-Type": ARROW_TYPE})
         else:
@@ -106,6 +117,8 @@ class Living(RuleBasedStateMachine):
             passages = [
                 {"title": w[0], "text": w[1], "embedding": e} | ({} if i is None else {"id": i}) for i, w, e in rows
             ]
+            if name == FILTERED:
+                passages = [one | {"metadata": more} for one, more in zip(passages, metadata, strict=True)]
             written = self.call("POST", path, json={"passages": passages})
         assert [a for a, b in zip(written["ids"], ids, strict=True) if b is not None] == [
             i for i in ids if i is not None
@@ -116,8 +129,8 @@ class Living(RuleBasedStateMachine):
         assert written["gone"] == sum(i in model.embeddings for i in written["ids"])
         assert written["version"] == model.version + 1
         model.version += 1
-        for i, w, e in zip(written["ids"], words, embeddings, strict=True):
-            model.upsert(i, w, e)
+        for i, w, e, m in zip(written["ids"], words, embeddings, metadata, strict=True):
+            model.upsert(i, w, e, m)
 
     @rule(name=names, seed=seeds, n=st.integers(1, 80))
     def delete(self, name: str, seed: int, n: int) -> None:
@@ -185,12 +198,31 @@ class Living(RuleBasedStateMachine):
                 scores = inner_products(query_D, stored)
                 assert got == ids[np.lexsort((ids, -scores))][:n_docs].tolist()
 
+    @rule(seed=seeds, n_docs=st.integers(1, 30), condition=conditions())
+    def search_filtered(self, seed: int, n_docs: int, condition: Condition) -> None:
+        model, query_BD = MODELS[FILTERED], random_embeddings(1, D, seed=seed)
+        query = RetrieveQuery(query_BD, n_docs=n_docs, collection=FILTERED, filter=condition.sql)
+        body, content_type = query_to_wire(query, "json")
+        response = self.http.post("/v1/retrieve", content=body, headers={"Content-Type": content_type})
+        assert response.is_success, response.text
+        found = result_from_wire(response.content, response.headers["content-type"])
+        rows = {
+            i: {**model.metadata[i], "id": i, "title": words[0], "text": words[1]} for i, words in model.texts.items()
+        }
+        ids = np.array(sorted(i for i, row in rows.items() if condition.holds(row) is True), np.int64)
+        scores = inner_products(query_BD[0], np.array([model.embeddings[i] for i in ids.tolist()]).reshape(-1, D))
+        best = ids[np.lexsort((ids, -scores))][:n_docs].tolist()
+        assert found.doc_ids[0].tolist() == best
+        assert found.docs is not None
+        assert [passage.metadata for passage in found.docs[0]] == [model.metadata[i] for i in best]
+
     @rule(name=names, seed=seeds)
     def read_one(self, name: str, seed: int) -> None:
         model, passage_id = MODELS[name], int(np.random.default_rng(seed).integers(0, 2 * N))
         response = self.http.get(f"/v1/collections/{name}/passages/{passage_id}")
         if passage_id in model.texts:
             assert (response.json()["title"], response.json()["text"]) == model.texts[passage_id]
+            assert response.json().get("metadata") == (model.metadata[passage_id] if name == FILTERED else None)
         else:
             assert response.status_code == 404
 

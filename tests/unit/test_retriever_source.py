@@ -1,5 +1,6 @@
 """What a source must look like, and what is refused of it."""
 
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from retriever_svc.metadata import types_of
 from retriever_svc.source import from_parquet
 from shared.errors import InvalidRequest
 from tests.retriever_data import ENCODER, passage_table, random_embeddings, source_of
@@ -28,11 +30,58 @@ def embeddings_with(value: float) -> pa.Array:
 
 
 def test_rows_pass_in_the_tables_own_schema() -> None:
-    wide = with_column("id", pa.array(range(10), pa.uint8())).append_column("more", pa.array(range(10)))
+    wide = with_column("id", pa.array(range(10), pa.uint8())).append_column("more", pa.array([[1]] * 10))
     wide = wide.set_column(1, "title", wide["title"].cast(pa.large_string()))
     clean = pa.Table.from_batches(source_of(wide).clean_batches())
     assert clean.schema.names == ["id", "title", "text", "embedding"]
     assert clean.to_pylist() == GOOD.to_pylist()
+
+
+def test_columns_of_scalars_are_metadata_in_one_width_each() -> None:
+    days = [date(2020, 2, 29), *[None] * 9]
+    zone = pa.timestamp("ns", "Europe/Berlin")
+    wide = (
+        GOOD.append_column("year", pa.array(range(10), pa.uint16()))
+        .append_column("score", pa.array([0.5, np.nan, *[None] * 8], pa.float32()))
+        .append_column("lang", pa.array(["en"] * 10).dictionary_encode())
+        .append_column("ok", pa.array([True] * 10))
+        .append_column("day", pa.array(days, pa.date64()))
+        .append_column("at", pa.array([datetime(2020, 1, 1, 12, tzinfo=UTC)] * 10, zone))
+        .append_column("__index_level_0__", pa.array(range(10)))
+        .append_column("raw", pa.array([b""] * 10))
+    )
+    clean = pa.Table.from_batches(source_of(wide).clean_batches())
+    assert types_of(source_of(wide).metadata) == {
+        "year": "integer",
+        "score": "float",
+        "lang": "string",
+        "ok": "boolean",
+        "day": "date",
+        "at": "timestamp",
+    }
+    assert clean.schema.names[4:] == ["year", "score", "lang", "ok", "day", "at"]
+    assert clean["score"].to_pylist() == [0.5, *[None] * 9]
+    assert clean["day"].to_pylist() == days
+    assert clean["at"].to_pylist() == [datetime(2020, 1, 1, 12)] * 10
+    assert clean.select(GOOD.schema.names).to_pylist() == GOOD.to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "says"),
+    [
+        ("size", pa.array([2**63] * 10, pa.uint64()), "cannot be read as int64"),
+        ("score", pa.array([np.inf] * 10), "infinity"),
+        ("day", pa.array([2**30] * 10, pa.int32()).cast(pa.date32()), "beyond the years"),
+        ("at", pa.array([2**62] * 10, pa.int64()).cast(pa.timestamp("us")), "beyond the years"),
+        ("at", pa.array([1] * 10, pa.timestamp("ns")), "lose data"),
+        ("Title", pa.array(range(10)), "upper and lower case"),
+        ("a.b", pa.array(range(10)), "cannot be named"),
+    ],
+)
+def test_metadata_that_cannot_be_told_is_refused(name: str, column: pa.Array, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says) as refused:
+        list(source_of(GOOD.append_column(name, column)).clean_batches())
+    assert refused.value.param == name
 
 
 def test_a_parquet_file_tells_its_size_hash_encoder_and_attribution(tmp_path: Path) -> None:
