@@ -2,13 +2,18 @@
 
     data/collections/<collection>/changes/<lineage>/<first change>.log
 
-A record is ``length (8 bytes) | number (8) | crc32 of the body (4) | crc32 of these three (4) | body``, little-endian.
-The body is an Arrow IPC stream: the columns ``id``, ``title``, ``text``, ``embedding`` and metadata of passages that
-are new or replace others, or the column ``id`` alone of passages that are deleted. Numbers count from 1 without a gap,
-through all files of a lineage.
+A record holds the changes that were written together:
+
+    length of the body (8 bytes) | number of its first change (8) | changes (4) | crc32 of the body (4) |
+    crc32 of these four (4) | body
+
+little-endian. The body is an Arrow IPC stream a change: the columns ``id``, ``title``, ``text``, ``embedding`` and
+metadata of passages that are new or replace others, or the column ``id`` alone of passages that are deleted. Numbers count from 1
+without a gap, through all files of a lineage.
 
 A record is all there or not: what a crash left incomplete at the end of the last file was never acknowledged, and is
-cut off. A damage anywhere else is refused with the file's name.
+cut off. After a power cut any part of it may be missing, for the disk writes in an order of its own. A damage anywhere
+else is refused with the file's name: a record that another one follows was on the disk before that was begun.
 """
 
 import fcntl
@@ -18,6 +23,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
@@ -34,7 +40,8 @@ from shared.retrieval import Float32Array, Int64Array
 FOLDER = "changes"
 SUFFIX = ".log"
 LOCK = ".lock"
-HEAD = struct.Struct("<QQII")
+HEAD = struct.Struct("<QQIII")
+SECTOR = 512  # bytes that a disk writes as a whole
 
 log = structlog.get_logger(__name__)
 
@@ -97,7 +104,7 @@ class ChangeLog:
     def __init__(self, folder: Path, dtype: str, lock: TextIO, *, last: int) -> None:
         self._folder, self._dtype, self._lock = folder, dtype, lock
         self.last = last  # number of the last change, 0 before the first
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         self._broken: str | None = None
 
     @classmethod
@@ -115,8 +122,12 @@ class ChangeLog:
             lock.close()
             raise Conflict(f"another process writes to the collection `{collection.name}`") from None
         last = applied
-        for number, _ in _read(folder, repair=True):
-            last = max(last, number)
+        try:
+            for record in _read(folder, repair=True):
+                last = max(last, record.last)
+        except BaseException:
+            lock.close()
+            raise
         return cls(folder, dtype, lock, last=last)
 
     def append(self, changes: Sequence[Change]) -> int:
@@ -126,34 +137,36 @@ class ChangeLog:
         """
         if self._broken is not None:
             raise OSError(f"the change log {self._folder} takes no writes since an earlier one failed: {self._broken}")
-        records, number = [], self.last
-        for change in changes:
-            number += 1
-            records.append(_record(number, to_batch(change, self._dtype)))
+        if not changes:
+            return self.last
+        record = _record(self.last + 1, [to_batch(change, self._dtype) for change in changes])
         file = self._file or self._begin()
-        size = file.tell()
+        size = file.seek(0, os.SEEK_END)
         try:
-            file.write(b"".join(records))
-            file.flush()
+            _write(file, record)
             os.fsync(file.fileno())
         except OSError as error:
             # After a failed fsync nobody knows what the disk holds: take it back, or take nothing more.
             try:
                 file.truncate(size)
-                file.seek(size)
                 os.fsync(file.fileno())
             except OSError:
                 self._broken = str(error)
             raise
-        self.last = number
-        return number
+        self.last += len(changes)
+        return self.last
 
-    def _begin(self) -> BinaryIO:
-        path = self._folder / f"{self.last + 1:020d}{SUFFIX}"
-        self._file = path.open("ab")
-        for folder in (self._folder, self._folder.parent, self._folder.parent.parent):
-            flush(folder)
-        return self._file
+    def _begin(self) -> FileIO:
+        # Without a buffer: what a full disk refused must not be written by a later close.
+        file = FileIO(self._folder / f"{self.last + 1:020d}{SUFFIX}", "ab")
+        try:
+            for folder in (self._folder, self._folder.parent, self._folder.parent.parent):
+                flush(folder)
+        except OSError:
+            file.close()
+            raise
+        self._file = file
+        return file
 
     def roll(self) -> None:
         """Go on in a new file, so that those before can be removed once no generation needs them."""
@@ -174,16 +187,19 @@ def read_changes(
     Raises: StartupError: a file is damaged, or changes are missing.
     """
     wanted = after + 1
-    for number, body in _read(collection / FOLDER / lineage):
-        if number < wanted:
+    for record in _read(collection / FOLDER / lineage):
+        if record.last < wanted:
             continue
-        if number > wanted:
-            raise StartupError(f"the changes {wanted} to {number - 1} are missing in {collection / FOLDER / lineage}")
-        if upto is not None and number > upto:
-            return
-        wanted += 1
-        with pa.ipc.open_stream(pa.py_buffer(body)) as reader:
-            yield number, from_batch(reader.read_next_batch())
+        if record.first > wanted:
+            raise StartupError(
+                f"the changes {wanted} to {record.first - 1} are missing in {collection / FOLDER / lineage}"
+            )
+        for number, change in enumerate(record.changes(), start=record.first):
+            if upto is not None and number > upto:
+                return
+            if number == wanted:
+                yield number, change
+                wanted += 1
 
 
 def remove_until(collection: Path, lineage: str, applied: int) -> None:
@@ -194,17 +210,38 @@ def remove_until(collection: Path, lineage: str, applied: int) -> None:
             path.unlink()
 
 
-def _record(number: int, batch: pa.RecordBatch) -> bytes:
+@dataclass(frozen=True)
+class _Record:
+    first: int
+    last: int
+    body: bytes
+
+    def changes(self) -> Iterator[Change]:
+        streams = pa.BufferReader(self.body)
+        for _ in range(self.first, self.last + 1):
+            with pa.ipc.open_stream(streams) as reader:
+                (batch,) = reader
+            yield from_batch(batch)
+
+
+def _record(first: int, batches: Sequence[pa.RecordBatch]) -> bytes:
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
+    for batch in batches:
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
     body = bytes(sink.getvalue())
-    said = (len(body), number, zlib.crc32(body))
+    said = (len(body), first, len(batches), zlib.crc32(body))
     return HEAD.pack(*said, _checksum(*said)) + body
 
 
 def _checksum(*said: int) -> int:
-    return zlib.crc32(struct.pack("<QQI", *said))
+    return zlib.crc32(struct.pack("<QQII", *said))
+
+
+def _write(file: FileIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def _paths(folder: Path) -> list[Path]:
@@ -215,26 +252,22 @@ def _first(path: Path) -> int:
     return int(path.stem)
 
 
-def _read(folder: Path, *, repair: bool = False) -> Iterator[tuple[int, bytes]]:
+def _read(folder: Path, *, repair: bool = False) -> Iterator[_Record]:
     paths = _paths(folder)
     for path in paths:
         expected, at, size = _first(path), 0, path.stat().st_size
         with path.open("r+b" if repair else "rb") as file:
             while at < size:
+                file.seek(at)
                 head = file.read(HEAD.size)
-                if len(head) < HEAD.size or not any(head):
-                    torn = True
-                else:
-                    length, number, checksum, of_head = HEAD.unpack(head)
-                    end = at + HEAD.size + length
-                    sound = _checksum(length, number, checksum) == of_head and number == expected
-                    body = file.read(length) if sound and end <= size else b""
-                    if sound and end <= size and zlib.crc32(body) == checksum:
-                        yield number, body
-                        expected, at = number + 1, end
+                if (length := _length(head, expected)) is not None and at + len(head) + length <= size:
+                    *_, n_changes, checksum, _ = HEAD.unpack(head)
+                    body = file.read(length)
+                    if zlib.crc32(body) == checksum:
+                        yield _Record(expected, expected + n_changes - 1, body)
+                        expected, at = expected + n_changes, at + len(head) + length
                         continue
-                    torn = sound and end >= size
-                if not torn or path != paths[-1]:
+                if path != paths[-1] or not _incomplete(file, at, size, expected):
                     raise StartupError(
                         f"{path} is damaged at byte {at}: restore the collection from a snapshot, or remove the file "
                         "and lose its changes"
@@ -244,3 +277,35 @@ def _read(folder: Path, *, repair: bool = False) -> Iterator[tuple[int, bytes]]:
                     file.truncate(at)
                     os.fsync(file.fileno())
                 break
+
+
+def _length(head: bytes, expected: int) -> int | None:
+    """Of the body that follows a sound head of the record that begins with change ``expected``."""
+    if len(head) < HEAD.size:
+        return None
+    *said, checksum = HEAD.unpack(head)
+    return said[0] if _checksum(*said) == checksum and said[1] == expected else None
+
+
+def _incomplete(file: BinaryIO, at: int, size: int, expected: int) -> bool:
+    """Whether the unsound record at byte ``at``, in the last file, may be one that was being written."""
+    file.seek(at)
+    head = file.read(HEAD.size)
+    if (length := _length(head, expected)) is not None:
+        return at + HEAD.size + length >= size
+    first_sector = -at % SECTOR
+    torn = len(head) < HEAD.size or any(part and not any(part) for part in (head[:first_sector], head[first_sector:]))
+    return torn and not _another_begins(file, at, size, expected)
+
+
+def _another_begins(file: BinaryIO, at: int, size: int, expected: int) -> bool:
+    """Whether behind byte ``at`` there is the head of a record after the one with change ``expected``."""
+    for shift in range(8):
+        file.seek(at + shift)
+        words = np.frombuffer(file.read(max(0, size - at - shift) // 8 * 8), "<u8")
+        lengths, numbers = words[:-1], words[1:]
+        for word in np.flatnonzero((numbers > expected) & (numbers < expected + 2**32) & (lengths < size)).tolist():
+            file.seek(at + shift + 8 * word)
+            if _length(file.read(HEAD.size), int(numbers[word])) is not None:
+                return True
+    return False
