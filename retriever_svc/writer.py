@@ -167,7 +167,9 @@ class Writer:
             raise
         if process.returncode:
             said = err.decode(errors="replace").strip()
-            log.error("build_failed", collection=self._name, error=said)
+            log.error("build_failed", collection=self._name, exit_code=process.returncode, error=said)
+            if process.returncode < 0:  # what it said last, if anything, is no reason
+                raise InferenceError(f"the build was killed by signal {-process.returncode}")
             raise InferenceError(f"the build failed: {said.splitlines()[-1] if said else process.returncode}")
         return out.decode().split()[-1]
 

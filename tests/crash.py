@@ -155,7 +155,7 @@ class Crashes:
             ended = self._finished(job)
             if ended["status"] == "failed":
                 break  # else it was done before the kill
-        if "the build failed: -9" not in ended["error"]:
+        if ended["error"] != "the build was killed by signal 9":
             raise Loss(f"{name}: the killed build ended as {ended}")
         ended = self._finished(self._begin_build(name))
         if ended["status"] != "done":
