@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test test-fast check lint docs demo-model bench bench-engine bench-serve parity crash gpu-check clean browser
+.PHONY: help setup setup-dev run test test-fast check lint docs demo-model bench bench-engine bench-serve parity crash swap gpu-check clean browser
 
 PYTHON ?= python3
 VENV   := .venv
@@ -64,6 +64,9 @@ parity: setup-dev  ## compare token ids with transformers' on N random models, i
 
 crash: setup-dev  ## kill a retriever under writes and builds N times, and look for what is lost (N=20, SEED=…)
 	@$(BIN)/python -W ignore -m tests.crash $(or $(N),20) $(if $(SEED),--seed $(SEED))
+
+swap: setup-dev  ## move an alias and build generations under N searches, and look for errors and mixed answers (N=10000)
+	@$(BIN)/python -W ignore -m tests.swap $(or $(N),10000)
 
 gpu-check:  ## everything that runs on CUDA against the CPU; says so where there is no CUDA
 	@mkdir -p build benchmarks/results
