@@ -8,8 +8,8 @@ A record holds the changes that were written together:
     crc32 of these four (4) | body
 
 little-endian. The body is an Arrow IPC stream a change: the columns ``id``, ``title``, ``text``, ``embedding`` and
-metadata of passages that are new or replace others, or the column ``id`` alone of passages that are deleted. Numbers count from 1
-without a gap, through all files of a lineage.
+metadata of passages that are new or replace others, or the column ``id`` alone of passages that are deleted. Numbers
+count from 1 without a gap, through all files of a lineage.
 
 A record is all there or not: what a crash left incomplete at the end of the last file was never acknowledged, and is
 cut off. After a power cut any part of it may be missing, for the disk writes in an order of its own. A damage anywhere

@@ -62,8 +62,8 @@ class Delta:
         for passage_id, title, text, more in zip(
             change.ids.tolist(), change.titles, change.texts, metadata, strict=True
         ):
-            self._rows[passage_id] = len(self._passages)
             self._passages.append(Passage(id=passage_id, title=title, text=text, metadata=more))
+            self._rows[passage_id] = len(self._passages) - 1  # now that a reader in another thread finds it there
         columns = [pa.array(change.ids), pa.array(change.titles, pa.string()), pa.array(change.texts, pa.string())]
         columns += [] if change.metadata is None else change.metadata.columns
         self._firsts.append(first)

@@ -32,11 +32,13 @@ class SearchItem:
         return len(self.query.vectors)
 
     @property
-    def key(self) -> tuple[str, str, str, str | None]:
-        """Items of one key may share a batch."""
+    def key(self) -> tuple[int, str, str | None]:
+        """Items of one key may share a batch.
+
+        A generation may be loaded twice, by a rollback to it: what is written later is in the one that serves alone.
+        """
         params = self.query.search_params
-        asked = params.model_dump_json() if params else ""
-        return self.collection.name, self.collection.generation, asked, self.query.filter
+        return id(self.collection), params.model_dump_json() if params else "", self.query.filter
 
 
 @dataclass(frozen=True)
