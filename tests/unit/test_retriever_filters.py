@@ -17,6 +17,7 @@ from retriever_svc.expressions import check_expression
 from retriever_svc.metadata import from_json
 from retriever_svc.ranking import inner_products
 from retriever_svc.rebuild import rebuild
+from shared.documents import passage_of
 from shared.errors import InvalidRequest
 from tests.filters_data import METADATA, Condition, Row, conditions, metadata_columns, random_metadata
 from tests.retriever_data import passage_table, random_embeddings, source_of, text, title
@@ -84,9 +85,9 @@ def check(collection: Collection, model: Model, condition: Condition, n_docs: in
         if collection.manifest.kind == "flat":
             assert ranked.ids.tolist() == model.best(condition, query_D, n_docs)
         if len(ranked.rows):
-            passages = collection.take(ranked.rows)
-            for row, i in zip(ranked.rows.tolist(), ranked.ids.tolist(), strict=True):
-                stored = {**(passages[row].metadata or {}), "id": i, "title": title(i), "text": text(i)}
+            passages = map(passage_of, collection.take(ranked.rows).to_pylist())
+            for passage, i in zip(passages, ranked.ids.tolist(), strict=True):
+                stored = {**(passage.metadata or {}), "id": i, "title": title(i), "text": text(i)}
                 assert stored == model.rows[i]
 
 
