@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test test-fast check lint docs demo-model bench bench-engine bench-serve parity crash swap gpu-check clean browser
+.PHONY: help setup setup-dev run test test-fast check lint docs demo-model bench bench-engine bench-serve bench-retriever parity crash swap gpu-check clean browser
 
 PYTHON ?= python3
 VENV   := .venv
@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip install --quiet -c constraints.txt
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 help:  ## show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.setup  ## install both services into .venv (CPU)
 
@@ -58,6 +58,9 @@ bench-engine: setup-dev  ## compare the decode engine with transformers' generat
 
 bench-serve: setup-dev  ## load both services at rising rates, beside transformers behind FastAPI (BENCH=--quick: 6 minutes)
 	@$(BIN)/python -W ignore -m benchmarks.serve $(BENCH)
+
+bench-retriever: setup-dev  ## compare the retriever with raw faiss, txtai, Chroma and transformers (BENCH=--quick: minutes)
+	@$(BIN)/python -W ignore -m benchmarks.retriever $(BENCH)
 
 parity: setup-dev  ## compare token ids with transformers' on N random models, inputs and options (N=500)
 	@$(BIN)/python -W ignore -m tests.parity $(or $(N),500)

@@ -91,7 +91,7 @@ def of_kind(
             # The others know nothing of forms; what they answer is measured once, beside the first form.
             first = (cell.batch, cell.clients) not in done
             done.add((cell.batch, cell.clients))
-            systems = everyone if first else [service, ceilings[0]]
+            systems: list[System] = everyone if first else [service, ceilings[0]]
             figures_of = measured(systems, [cell] * len(systems), arguments)
             found += figures_of
             said = ", ".join(f"{f.system} {f.queries_per_s:.0f}/s ({f.p50_ms:.2f} ms)" for f in figures_of)
@@ -99,6 +99,29 @@ def of_kind(
         for line, system in zip(about, everyone, strict=True):
             line["rss_bytes"] = resident_bytes(system.pids)
     return found, about, missing
+
+
+def result_of(
+    arguments: argparse.Namespace, found: Sequence[Figures], about: Sequence[dict[str, Any]], missing: dict[str, str]
+) -> dict[str, Any]:
+    return {
+        "command": shlex.join(["python", "-m", "benchmarks.retriever", *sys.argv[1:]]),
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "device": processor(),
+            "threads": arguments.threads,
+            "python": platform.python_version(),
+            "faiss": faiss.__version__,
+            "version": VERSION,
+        },
+        "count": arguments.count,
+        "dimension": arguments.dimension,
+        "n_docs": N_DOCS,
+        "targets": verdicts(found),
+        "missing": missing,
+        "systems": about,
+        "figures": [asdict(one) for one in found],
+    }
 
 
 def main() -> None:
@@ -131,33 +154,14 @@ def main() -> None:
     for kind in arguments.kinds:
         figures_of, about_of, missing_of = of_kind(kind, made, truth, arguments, say)
         found, about, missing = found + figures_of, about + about_of, missing | missing_of
+        arguments.output.write_text(json.dumps(result_of(arguments, found, about, missing), indent=2) + "\n")
 
     for table in (raw_table(found), single_table(found), peer_table(found), memory_table(about, arguments.count)):
         console.print(table)
     for name, reason in missing.items():
         console.print(f"missing: {name}: {reason}", highlight=False, markup=False)
-    judged = verdicts(found)
-    for line in judged:
+    for line in verdicts(found):
         console.print(f"{'met   ' if line['met'] else 'missed'} {line['target']}: {line['found']}", highlight=False)
-    result = {
-        "command": shlex.join(["python", "-m", "benchmarks.retriever", *sys.argv[1:]]),
-        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "device": processor(),
-            "threads": arguments.threads,
-            "python": platform.python_version(),
-            "faiss": faiss.__version__,
-            "version": VERSION,
-        },
-        "count": arguments.count,
-        "dimension": arguments.dimension,
-        "n_docs": N_DOCS,
-        "targets": judged,
-        "missing": missing,
-        "systems": about,
-        "figures": [asdict(one) for one in found],
-    }
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     console.print(f"written: {arguments.output}", highlight=False)
 
 

@@ -1,4 +1,4 @@
-"""What is measured in `make bench-retriever`, and what comes out of it: no torch, no faiss, no rival is imported here."""
+"""What is measured in `make bench-retriever`, and what comes out of it; it imports no torch, no faiss, no rival."""
 
 import os
 import statistics

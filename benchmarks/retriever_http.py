@@ -113,8 +113,8 @@ def our_dialect(queries_BD: Float32Array) -> Dialect:
         if answer["retrieved_doc_embeds"] is not None:
             for rows in answer["retrieved_doc_embeds"]:
                 _array(rows)
-        found = answer["doc_ids"]
-        return found
+        ids: list[list[int]] = answer["doc_ids"]
+        return ids
 
     return Dialect("/v1/retrieve", write, read)
 

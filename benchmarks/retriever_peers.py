@@ -127,10 +127,10 @@ def _txtai(corpus: Corpus, threads: int, say: Say) -> Iterator[HttpSystem]:
         say("filling txtai")
         shutil.rmtree(index, ignore_errors=True)
         _done("filling txtai", python, SCRIPTS / "txtai_vectors.py", _lines(corpus), index, environment=environment)
-    Path(environment["CONFIG"]).write_text(f"path: {index}\n")
+    Path(environment["CONFIG"]).write_text(f"path: {index}\nembeddings:\n  path: null\n")
     port = _free_port()
     command = [python, "-m", "uvicorn", "--port", port, "--log-level", "warning", "txtai.api:app"]
-    with _server("txtai", command, port, "/count", environment, corpus, txtai_dialect()) as system:
+    with _server("txtai", command, port, "/count", environment, corpus=corpus, dialect=txtai_dialect()) as system:
         yield system
 
 
@@ -148,7 +148,7 @@ def _chroma(corpus: Corpus, threads: int, say: Say) -> Iterator[HttpSystem]:
     command = [python.parent / "chroma", "run", "--path", folder, "--port", port]
     threads_of = {"RAYON_NUM_THREADS": str(threads), "ANONYMIZED_TELEMETRY": "False"}
     dialect = chroma_dialect(corpus.queries, filled.read_text())
-    with _server("chroma", command, port, "/api/v2/heartbeat", threads_of, corpus, dialect) as system:
+    with _server("chroma", command, port, "/api/v2/heartbeat", threads_of, corpus=corpus, dialect=dialect) as system:
         yield system
 
 
@@ -159,6 +159,7 @@ def _server(
     port: int,
     ready: str,
     environment: Mapping[str, str],
+    *,
     corpus: Corpus,
     dialect: Dialect,
 ) -> Iterator[HttpSystem]:
@@ -183,7 +184,8 @@ def _wait(name: str, process: subprocess.Popen[bytes], url: str, log: Path) -> N
             if httpx.get(url, trust_env=False).is_success:
                 return
         except httpx.TransportError:
-            time.sleep(0.3)
+            pass
+        time.sleep(0.3)
     raise PeerMissing(f"{name} does not start: {' / '.join(log.read_text().splitlines()[-3:])}")
 
 

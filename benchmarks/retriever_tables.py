@@ -18,23 +18,33 @@ LARGE_BATCH = 64
 def of(
     found: Iterable[Figures], system: str, like: Figures, *, form: bool = True, content: bool = True
 ) -> Figures | None:
-    """The figures of another system at the same cell; of the first of its forms or contents where those do not count."""
+    """The figures of another system at the same cell; the first of its forms or contents where they do not count."""
     for one in found:
         same = (one.kind, one.batch, one.clients) == (like.kind, like.batch, like.clients)
-        if one.system == system and same and (not form or one.form == like.form):
-            if not content or one.content == like.content:
-                return one
+        fits = (not form or one.form == like.form) and (not content or one.content == like.content)
+        if one.system == system and same and fits:
+            return one
     return None
 
 
 def raw_table(found: Sequence[Figures]) -> Table:
     table = Table(
-        title=f"served queries a second beside raw faiss",
+        title="served queries a second beside raw faiss",
         caption="search: faiss's ids and scores alone; take: as many hits as the service fetches over, and embeddings.",
     )
     for name in ("kind", "content", "form"):
         table.add_column(name)
-    for name in ("batch", "clients", "ours/s", "p50 ms", "p99 ms", "search/s", "ours / search", "take/s", "ours / take"):
+    for name in (
+        "batch",
+        "clients",
+        "ours/s",
+        "p50 ms",
+        "p99 ms",
+        "search/s",
+        "ours / search",
+        "take/s",
+        "ours / take",
+    ):
         table.add_column(name, justify="right")
     for one in (one for one in found if one.system == "ours"):
         search, take = of(found, SEARCH, one), of(found, TAKE, one, form=False, content=False)
@@ -69,9 +79,7 @@ def single_table(found: Sequence[Figures]) -> Table:
         raw = of(found, SEARCH, one)
         if raw is not None:
             over = one.p50_ms - raw.p50_ms
-            table.add_row(
-                one.kind, one.content, one.form, f"{one.p50_ms:.2f}", f"{raw.p50_ms:.2f}", f"{over:+.2f}"
-            )
+            table.add_row(one.kind, one.content, one.form, f"{one.p50_ms:.2f}", f"{raw.p50_ms:.2f}", f"{over:+.2f}")
     return table
 
 
@@ -113,9 +121,7 @@ def memory_table(about: Sequence[dict[str, Any]], count: int) -> Table:
     for one in about:
         size = one["rss_bytes"]
         per_million = size / count * 1e6 / GIB
-        table.add_row(
-            one["system"], one["kind"], f"{size / 2**20:.0f}", f"{per_million:.2f}", f"{one['recall']:.1%}"
-        )
+        table.add_row(one["system"], one["kind"], f"{size / 2**20:.0f}", f"{per_million:.2f}", f"{one['recall']:.1%}")
     return table
 
 

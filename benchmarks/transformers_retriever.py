@@ -41,7 +41,8 @@ def rag_retriever(corpus: Corpus) -> Any:
         n_docs=N_DOCS,
     )
     none: Any = None  # the tokenizers are for texts, and vectors are asked with
-    return RagRetriever(config, none, none, index=CustomHFIndex(corpus.dimension, passages))
+    make: Any = RagRetriever
+    return make(config, none, none, index=CustomHFIndex(corpus.dimension, passages))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ class PassageTable:
         yield from self._dataset.to_batches(batch_size=rows, scan_in_order=True)
 
     def take(self, rows_K: Int64Array) -> pa.StructArray:
-        """The passages of ``rows_K`` (at least one, any order, repeats allowed), in that order: one read for all."""
+        """The passages of ``rows_K`` (at least one, any order, repeats allowed), in that order, by one read."""
         distinct, at_K = np.unique(rows_K, return_inverse=True)
         read = self._dataset.take(distinct.tolist(), columns=[*READ_COLUMNS, *self.metadata.names])
         titles, texts = (read[name].combine_chunks() for name in READ_COLUMNS)
