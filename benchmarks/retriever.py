@@ -9,6 +9,7 @@ vectors and reading answers, is in every HTTP figure, on the same cores.
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -110,6 +111,7 @@ def result_of(
         "machine": {
             "device": processor(),
             "threads": arguments.threads,
+            "load_average": os.getloadavg(),  # ours alone is about two; far above, figures are of little worth
             "python": platform.python_version(),
             "faiss": faiss.__version__,
             "version": VERSION,
