@@ -73,9 +73,8 @@ def passage_array(passages: Sequence[Passage], *, metadata: bool | None = None) 
     return passage_columns(ids, titles, texts, [one.metadata for one in passages] if metadata else None)
 
 
-def passage_of(fields: dict[str, Any]) -> Passage:
-    """Of a row of either type."""
-    metadata = fields.get("metadata")
-    return Passage.model_validate(
-        {**fields, "metadata": None if metadata is None else _METADATA.validate_json(metadata)}
-    )
+def passage_of(fields: Any) -> Passage:
+    """Of a row of either type. Raises: ValidationError: it is none."""
+    if isinstance(fields, dict) and fields.get("metadata") is not None:
+        fields = {**fields, "metadata": _METADATA.validate_json(fields["metadata"])}
+    return Passage.model_validate(fields)

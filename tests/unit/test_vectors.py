@@ -70,7 +70,7 @@ def results(draw: st.DrawFn) -> RetrieveResult:
 def test_a_query_survives_to_the_bit(
     vectors: np.ndarray[Any, Any], form: Form, n_docs: int, flag: bool, timeout_ms: int | None
 ) -> None:
-    query = RetrieveQuery(vectors, n_docs, "mine-2", flag, not flag, timeout_ms)
+    query = RetrieveQuery(vectors, n_docs, "mine-2", flag, not flag, timeout_ms=timeout_ms)
     read = query_from_wire(*query_to_wire(query, form))
     assert same_bits(read.vectors, vectors)
     assert (read.n_docs, read.collection, read.timeout_ms) == (n_docs, "mine-2", timeout_ms)
