@@ -81,7 +81,7 @@ def build_locked(
     generations = collection / gen.GENERATIONS
     generations.mkdir(exist_ok=True)
     for abandoned in generations.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(abandoned)
+        shutil.rmtree(abandoned, ignore_errors=True)
     now = datetime.now(UTC)
     name = f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     folder = generations / f"{TEMPORARY}{name}"

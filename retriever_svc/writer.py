@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import structlog
 
 from retriever_svc import generation as gen
+from retriever_svc.build import TEMPORARY
 from retriever_svc.catalog import Catalog, InWorker
 from retriever_svc.changes import Change, ChangeLog, Delete, remove_until
 from retriever_svc.collection import Collection
@@ -214,7 +215,10 @@ class Writer:
         kept = [name for name, _ in found][: self._keep]
         for name, _ in found:
             if name not in kept and name != self.collection.generation:
-                shutil.rmtree(self.collection.folder / gen.GENERATIONS / name)
+                folder = self.collection.folder / gen.GENERATIONS
+                # Out of sight in one step: what a crash leaves of it, the next build removes.
+                leaving = (folder / name).rename(folder / f"{TEMPORARY}{name}")
+                shutil.rmtree(leaving, ignore_errors=True)
                 log.info("generation_removed", collection=self._name, generation=name)
         lineage = self.collection.manifest.lineage
         applied = [manifest.applied for _, manifest in self.generations() if manifest.lineage == lineage]

@@ -371,7 +371,8 @@ class TestWorkers:
     def test_ending_the_run_ends_its_workers(
         self, options: EncoderOptions, tmp_path: Path, sent: signal.Signals
     ) -> None:
-        pq.write_table(passages(20_000), tmp_path / "passages.parquet")
+        # So many that it cannot be done before the signal comes.
+        pq.write_table(passages(300_000), tmp_path / "passages.parquet")
         script = (
             "import os, sys\n"
             "from pathlib import Path\n"
