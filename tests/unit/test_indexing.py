@@ -372,14 +372,16 @@ class TestWorkers:
         self, options: EncoderOptions, tmp_path: Path, sent: signal.Signals
     ) -> None:
         # So many that it cannot be done before the signal comes.
-        pq.write_table(passages(300_000), tmp_path / "passages.parquet")
+        pq.write_table(passages(60_000), tmp_path / "passages.parquet")
         script = (
-            "import os, sys\n"
+            "import os, signal, sys\n"
             "from pathlib import Path\n"
             "from services.indexing.corpus import parquet_corpus\n"
             "from services.indexing.embed import embed_corpus\n"
             "from services.indexing.options import EncoderOptions\n"
             "if __name__ == '__main__':\n"
+            # A shell that starts the tests in the background has them ignore it, and so would this.
+            "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             f"    options = EncoderOptions({options.name!r}, device='cpu')\n"
             "    corpus = parquet_corpus(Path(sys.argv[1]))\n"
             "    embed_corpus(corpus, options, Path(sys.argv[2]), workers=2, shard_rows=2000)\n"
