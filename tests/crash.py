@@ -39,7 +39,7 @@ from retriever_svc.collection import Collection
 from retriever_svc.index import use_threads
 from tests.retriever_data import passage_table, random_embeddings, source_of, text, title
 from tests.retriever_process import ROOT, RetrieverProcess
-from tests.writers import Ledger, Loss, Writers, read_all
+from tests.writers import ALL, Ledger, Loss, Writers, read_all
 
 D = 16
 N = 500
@@ -85,7 +85,7 @@ class Crashes:
             self._ledgers.append(Ledger(name, dtype, {i: (title(i), text(i), row.tobytes()) for i, row in rows}))
         build_edition(self._folder(REBUILT), self.edition)
         self.service = RetrieverProcess(
-            self._data, rebuild_after=REBUILD_AFTER, faiss_threads=1, log_level="warning"
+            self._data, rebuild_after=REBUILD_AFTER, faiss_threads=1, max_n_docs=ALL, log_level="warning"
         ).start()
         self._http = httpx.Client(base_url=self.service.url, timeout=120)
 

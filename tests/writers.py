@@ -21,7 +21,7 @@ from shared.vectors import ARROW_TYPE, query_to_wire, result_from_wire
 from tests.retriever_data import random_embeddings
 
 LARGEST_UPSERT = 200
-ALL = 1000  # documents that one search returns at most
+ALL = 2048  # documents that one search may return: setting max_n_docs of the service
 
 Stored = tuple[str, str, bytes]
 """Title, text and embedding of a passage."""
@@ -214,5 +214,5 @@ class Writers:
             there = dice.choice(known, min(n, len(known)), replace=False) if known else []
             return Write(tag, [*(int(i) for i in there), int(dice.integers(2 * self._n_ids))], None)
         chosen = dice.choice(self._n_ids, n, replace=False).tolist()
-        ids = [None if dice.random() < 0.02 else i for i in chosen]
+        ids = [None if dice.random() < 0.005 else i for i in chosen]
         return Write(tag, ids, random_embeddings(n, self._dimension, seed=int(dice.integers(2**32))))
