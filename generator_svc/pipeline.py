@@ -105,7 +105,7 @@ class Pipeline:
         self, request: AnswerRequest, deadline: Deadline, listener: Listener | None = None
     ) -> AnswerResponse:
         """Raises: RagError: what is refused, and what any step ran into."""
-        timings = Timings(self._metrics.stage_seconds)
+        timings = Timings(self._metrics)
         check_questions(request, self._settings)
         n_docs = choose_n_docs(request, self._checkpoint.config.n_docs, self._settings)
         strategy = self._checkpoint.strategy(request.strategy)
@@ -125,7 +125,7 @@ class Pipeline:
             with timings.step("generate"):
                 on_text = None if listener is None else listener.text
                 jobs = [
-                    Generate(read, found.doc_scores, options, on_text)
+                    Generate(read, found.doc_scores, options, on_text, timings.began_s)
                     for read, found in zip(contexts, evidence, strict=True)
                 ]
                 answers = await self._run(jobs, deadline)
@@ -145,7 +145,7 @@ class Pipeline:
 
     async def score(self, request: ScoreRequest, deadline: Deadline) -> ScoreResponse:
         """log p(y|x) and p(z|x,y) of given answers. Raises: RagError."""
-        timings = Timings(self._metrics.stage_seconds)
+        timings = Timings(self._metrics)
         check_questions(request, self._settings)
         check_answers(request, self._settings)
         n_docs = choose_n_docs(request, self._checkpoint.config.n_docs, self._settings)
@@ -170,7 +170,7 @@ class Pipeline:
 
     async def search(self, request: SearchRequest, deadline: Deadline) -> SearchResponse:
         """Passages for a text, without generation. Raises: RagError."""
-        timings = Timings(self._metrics.stage_seconds)
+        timings = Timings(self._metrics)
         check_questions(request, self._settings)
         n_docs = choose_n_docs(request, self._checkpoint.config.n_docs, self._settings)
         evidence, index = await self._retrieve(request.questions, request.collection, n_docs, deadline, timings)
@@ -182,7 +182,7 @@ class Pipeline:
 
     async def encode(self, request: EncodeRequest, deadline: Deadline) -> tuple[Float32Array, dict[str, float]]:
         """Question vectors (B, D) float32, and the time it took. Raises: RagError."""
-        timings = Timings(self._metrics.stage_seconds)
+        timings = Timings(self._metrics)
         check_questions(request, self._settings)
         with timings.step("encode"):
             vectors = await self._run([Encode(question) for question in request.questions], deadline)

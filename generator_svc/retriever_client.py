@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import httpx
+from opentelemetry.trace import SpanKind
 
 from generator_svc.settings import GeneratorSettings
 from shared.deadline import Deadline
@@ -24,10 +25,12 @@ from shared.errors import (
 from shared.logs import current_request_id
 from shared.retrieval import RetrieveQuery, RetrieveResult
 from shared.schemas import CollectionInfo
+from shared.telemetry import http_attributes, pass_on, stage
 from shared.vectors import ARROW_TYPE, query_to_wire, result_from_wire
 
 _CONNECT_S = 1.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 0.5
+_RETRIEVE = "/v1/retrieve"
 _CALLERS_FIELDS = ("collection", "n_docs")
 
 
@@ -39,6 +42,7 @@ class RetrieverClient:
         self.url = settings.retriever_url
         self.encoder = encoder
         self._retry_s = settings.retriever_retry_s
+        self._call_attributes = http_attributes("POST", httpx.URL(self.url + _RETRIEVE))
         self._http = httpx.AsyncClient(
             base_url=settings.retriever_url,
             headers={} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"},
@@ -122,7 +126,10 @@ class RetrieverClient:
         headers = {"Content-Type": content_type, "Accept": ARROW_TYPE}
         if request_id := current_request_id():
             headers["X-Request-ID"] = request_id
-        response = await self._send("POST", "/v1/retrieve", deadline, content=body, headers=headers)
+        with stage(f"POST {_RETRIEVE}", self._call_attributes, kind=SpanKind.CLIENT) as span:
+            pass_on(headers)
+            response = await self._send("POST", _RETRIEVE, deadline, content=body, headers=headers)
+            span.set_attribute("http.response.status_code", response.status_code)
         if response.status_code != httpx.codes.OK:
             raise self._error(response)
         return result_from_wire(response.content, response.headers.get("Content-Type"))

@@ -14,10 +14,11 @@ from generator_svc.pipeline import Pipeline
 from generator_svc.readiness import RetrieverWatch
 from generator_svc.retriever_client import RetrieverClient
 from generator_svc.settings import GeneratorSettings
-from generator_svc.stages import Job, Later, Outcome, Stages, batch_key, batch_size
+from generator_svc.stages import Generate, Job, Later, Outcome, Stages, batch_key, batch_size
 from shared.errors import StartupError
 from shared.metrics import WorkerMetrics
 from shared.schemas import ServiceInfo
+from shared.telemetry import current_trace
 from shared.version import VERSION
 from shared.worker import DeviceWorker
 
@@ -42,6 +43,7 @@ class GeneratorService:
             StartupError: the checkpoint or the device cannot be used.
         """
         settings = self._settings
+        metrics = self._metrics = GeneratorMetrics(registry)
         self._worker: DeviceWorker[Job, Outcome] = DeviceWorker(
             self._run,
             name="generator",
@@ -52,12 +54,13 @@ class GeneratorService:
             max_wait_ms=settings.max_wait_ms,
             max_queue=settings.max_queue,
             metrics=WorkerMetrics(registry, "generator"),
+            trace=lambda job: job.trace if isinstance(job, Generate) else current_trace(),
             step=self._step,
             admits=self._admits,
         )
         await self._worker.start()
         checkpoint, scheduler = self.stages.checkpoint, self.stages.scheduler
-        metrics = GeneratorMetrics(registry)
+        metrics.watch_device(checkpoint.device)
         metrics.watch_decoding(lambda: scheduler.running, lambda: scheduler.tokens)
         self._retriever = RetrieverClient(settings, settings.index_encoder or checkpoint.encoder)
         self.pipeline = Pipeline(settings, checkpoint, self._worker, self._retriever, metrics)
@@ -125,7 +128,7 @@ class GeneratorService:
             dtype=getattr(torch, settings.dtype),
             any_strategy=settings.any_strategy,
         )
-        self.stages = Stages(checkpoint, settings.max_decode_tokens)
+        self.stages = Stages(checkpoint, settings.max_decode_tokens, self._metrics)
         self.stages.warm_up()
 
 

@@ -6,8 +6,9 @@ or the error that is its own.
 Shapes: B questions, N documents, D dimension, S source tokens, T target tokens.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -20,10 +21,12 @@ from generator_svc.contexts import Context, ContextForm, build_contexts, questio
 from generator_svc.engine import Evidence, RagEngine, Task
 from generator_svc.engine.heads import padded
 from generator_svc.engine.scheduler import Scheduler, cache_tokens
+from generator_svc.metrics import GeneratorMetrics
 from generator_svc.question_encoder import QuestionEncoder
 from shared.errors import InferenceError, RagError
 from shared.retrieval import Float32Array
 from shared.schemas import Strategy
+from shared.telemetry import Trace, current_trace
 from shared.worker import Deferred
 
 
@@ -47,13 +50,16 @@ class Generate:
     """Contexts and their scores, (N,) float32 → answers, best first.
 
     ``options`` are those of :meth:`generator_svc.engine.RagEngine.task`. ``on_text`` is called in the worker's thread
-    with each piece of text, where an answer is certain as it is written.
+    with each piece of text, where an answer is certain as it is written. ``asked_s`` is when the request came, on
+    ``time.perf_counter``.
     """
 
     contexts: Sequence[Context]
     doc_scores: Float32Array
     options: Mapping[str, Any]
     on_text: Callable[[str], None] | None = None
+    asked_s: float = field(default_factory=time.perf_counter)
+    trace: Trace | None = field(default_factory=current_trace)
 
 
 @dataclass(frozen=True)
@@ -124,9 +130,11 @@ def batch_size(job: Job) -> int:
 class AnswerTicket:
     """A question's way back to its caller."""
 
-    def __init__(self, job: Generate, codec: AnswerCodec) -> None:
+    def __init__(self, job: Generate, codec: AnswerCodec, metrics: GeneratorMetrics) -> None:
         self.later: Later = Deferred()
-        self._on_text, self._codec = job.on_text, codec
+        self._job, self._codec, self._metrics = job, codec, metrics
+        self._on_text = job.on_text
+        self._prefilled_s = 0.0
         self._sent = ""
         self._follows = False
 
@@ -134,12 +142,32 @@ class AnswerTicket:
     def wanted(self) -> bool:
         return self.later.wanted
 
+    def prefilled(self, began_s: float, questions: int) -> None:
+        """Its documents are encoded, together with those of other ``questions``."""
+        self._prefilled_s = time.perf_counter()
+        tokens = sum(len(context.input_ids) for context in self._job.contexts)
+        self._metrics.stage("prefill", self._prefilled_s - began_s)
+        self._metrics.context(tokens)
+        if self._job.trace is not None:
+            about = {"gen_ai.usage.input_tokens": tokens, "rag.batch.items": questions}
+            self._job.trace.add("prefill", began_s, self._prefilled_s, about)
+
+    def decoding(self) -> None:
+        """Its first token is there."""
+        self._metrics.first_token(time.perf_counter() - self._job.asked_s)
+
     def finished(self, evidence: Evidence) -> None:
         try:
             answers = scored_answers(evidence, self._codec)
         except RagError as error:
             self.later.reject(error)
             return
+        now_s = time.perf_counter()
+        tokens = sum(len(answer.tokens) for answer in answers)
+        self._metrics.stage("decode", now_s - self._prefilled_s)
+        self._metrics.generated(tokens)
+        if self._job.trace is not None:
+            self._job.trace.add("decode", self._prefilled_s, now_s, {"gen_ai.usage.output_tokens": tokens})
         if self._follows:
             self._send(answers[0].text)
         self.later.resolve(answers)
@@ -166,7 +194,7 @@ class Stages:
     moves all of them on. ``max_tokens`` is the scheduler's budget.
     """
 
-    def __init__(self, checkpoint: Checkpoint, max_tokens: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, max_tokens: int, metrics: GeneratorMetrics) -> None:
         self.checkpoint = checkpoint
         self.encoder = QuestionEncoder(checkpoint)
         self._engine = RagEngine(checkpoint)
@@ -174,6 +202,8 @@ class Stages:
         self._form = ContextForm.of(checkpoint.config, checkpoint.max_source_tokens)
         self._tasks: WeakKeyDictionary[Generate, Task | RagError] = WeakKeyDictionary()
         self._codec = AnswerCodec(checkpoint)
+        self._metrics = metrics
+        self._fresh: list[AnswerTicket] = []  # of questions that have not decoded a token
 
     def warm_up(self) -> None:
         """Run every stage once, with the shortest and the longest context."""
@@ -195,7 +225,11 @@ class Stages:
 
     def step(self) -> bool:
         """One token for every answer that is being generated; whether any goes on."""
-        return self.scheduler.step()
+        fresh, self._fresh = [ticket for ticket in self._fresh if ticket.wanted], []
+        more = self.scheduler.step()
+        for ticket in fresh:
+            ticket.decoding()
+        return more
 
     def run(self, jobs: list[Job]) -> Sequence[Outcome | Later]:
         """One outcome for each job, now or later; all are of one kind and one key."""
@@ -222,9 +256,13 @@ class Stages:
 
     def _generate(self, jobs: list[Generate]) -> Sequence[Outcome | Later]:
         tasks = [self._task(job) for job in jobs]
-        tickets = [AnswerTicket(job, self._codec) for job in jobs]
+        tickets = [AnswerTicket(job, self._codec, self._metrics) for job in jobs]
         able = [(task, ticket) for task, ticket in zip(tasks, tickets, strict=True) if isinstance(task, Task)]
+        began_s = time.perf_counter()
         self.scheduler.join([task for task, _ in able], [ticket for _, ticket in able])
+        for _, ticket in able:
+            ticket.prefilled(began_s, len(able))
+            self._fresh.append(ticket)
         return [ticket.later if isinstance(task, Task) else task for task, ticket in zip(tasks, tickets, strict=True)]
 
     def _task(self, job: Generate) -> Task | RagError:

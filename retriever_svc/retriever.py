@@ -23,6 +23,7 @@ from shared.errors import DeadlineExceeded, InvalidRequest, Overloaded, StartupE
 from shared.metrics import WorkerMetrics
 from shared.retrieval import RetrieveQuery, RetrieveResult
 from shared.schemas import BuildRequest, Job
+from shared.telemetry import current_trace, stage
 from shared.worker import DeviceWorker
 
 FULL_QUEUE_S = 0.005
@@ -37,6 +38,7 @@ class Retriever:
     def __init__(self, settings: RetrieverSettings, registry: CollectorRegistry) -> None:
         self.settings = settings
         self._metrics = RetrieverMetrics(registry)
+        self._metrics.watch_indexes(lambda: self.collections)
         self._catalog: Catalog | None = None
         self._writers: dict[str, Writer] = {}
         self.jobs = Jobs()
@@ -52,6 +54,7 @@ class Retriever:
             max_wait_ms=settings.max_wait_ms,
             max_queue=settings.max_queue,
             metrics=WorkerMetrics(registry, "search"),
+            trace=lambda item: item.trace if isinstance(item, SearchItem) else current_trace(),
         )
 
     def _load(self) -> None:
@@ -65,7 +68,7 @@ class Retriever:
         )
         for collection in catalog.collections.values():
             collection.warm_up()
-            self._metrics.passages.labels(collection.name, collection.generation).set(collection.manifest.count)
+        self._metrics.watch_gpus(collection.index.device for collection in catalog.collections.values())
         self._catalog = catalog
 
     async def start(self) -> None:
@@ -99,6 +102,7 @@ class Retriever:
                 self._in_worker,
                 keep_generations=self.settings.keep_generations,
                 rebuild_after=self.settings.rebuild_after,
+                on_build=self._metrics.watch_builds(collection.name),
             )
         return self._writers[collection.name]
 
@@ -115,9 +119,7 @@ class Retriever:
                 await self.catalog.add(name, self._in_worker)
         except StartupError as error:
             raise Unavailable(error.message) from error
-        collection = self.collections[name]
-        self._metrics.passages.labels(name, collection.generation).set(collection.count)
-        return collection
+        return self.collections[name]
 
     def build(self, name: str, request: BuildRequest) -> Job:
         """Begin to build a generation.
@@ -177,8 +179,9 @@ class Retriever:
         loop = asyncio.get_running_loop()
         self._filtering += 1
         try:
-            async with asyncio.timeout(deadline.remaining_s):
-                return await loop.run_in_executor(self._filter_threads, collection.filters.select, expression)
+            with stage("filter"):
+                async with asyncio.timeout(deadline.remaining_s):
+                    return await loop.run_in_executor(self._filter_threads, collection.filters.select, expression)
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed while the filter was evaluated") from None
         finally:

@@ -6,7 +6,7 @@ Runs in the worker thread.
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from retriever_svc.metrics import RetrieverMetrics
 from retriever_svc.ranking import Ranked
 from shared.documents import Documents
 from shared.retrieval import RetrieveQuery, RetrieveResult
+from shared.telemetry import Trace, current_trace
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class SearchItem:
     query: RetrieveQuery
     collection: Collection
     selection: Selection | None = None
+    trace: Trace | None = field(default_factory=current_trace)
 
     @property
     def size(self) -> int:
@@ -74,7 +76,12 @@ def search_batch(items: list[SearchItem], metrics: RetrieverMetrics) -> list[Ret
 
     metrics.queries.labels(collection.name).inc(len(vectors_BD))
     metrics.search_seconds.observe(searched - started)
-    metrics.passages_seconds.observe(done - searched)
+    metrics.take_seconds.observe(done - searched)
+    for item in items:
+        if item.trace is not None:
+            about = _attributes(item, len(vectors_BD))
+            item.trace.add("search", started, searched, {"db.system.name": "faiss", **about})
+            item.trace.add("take", searched, done, {"db.system.name": "lance", **about})
     timings_ms = {"search": (searched - started) * 1e3, "passages": (done - searched) * 1e3}
     results, start = [], 0
     for item, answer in zip(items, answers, strict=True):
@@ -85,6 +92,18 @@ def search_batch(items: list[SearchItem], metrics: RetrieverMetrics) -> list[Ret
             start += sum(counts)
         results.append(_result(item, answer, documents, timings_ms))
     return results
+
+
+def _attributes(item: SearchItem, batch_vectors: int) -> dict[str, str | int]:
+    """Of a request's spans: its own query, and how many vectors shared the search."""
+    return {
+        "db.collection.name": item.collection.name,
+        "db.operation.batch.size": item.size,
+        "rag.batch.vectors": batch_vectors,
+        "rag.n_docs": item.query.n_docs,
+        "rag.index.generation": item.collection.generation,
+        "rag.index.kind": item.collection.manifest.kind,
+    }
 
 
 def _result(

@@ -6,7 +6,7 @@ Belongs to the event loop. Changes that come while one is written share the next
 import asyncio
 import shutil
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
 import structlog
@@ -44,13 +44,16 @@ class Writer:
         *,
         keep_generations: int,
         rebuild_after: int,
+        on_build: Callable[[str], None],
     ) -> None:
-        """``in_worker`` runs a function in the thread that searches, between two batches."""
+        """``in_worker`` runs a function in the thread that searches, between two batches; ``on_build`` is told how each
+        build ended: done or failed."""
         self._catalog = catalog
         self._name = name
         self._in_worker = in_worker
         self._keep = keep_generations
         self._rebuild_after = rebuild_after
+        self._on_build = on_build
         self._queue: list[_Waiting] = []
         self._lock = asyncio.Lock()  # held while changes are written, and while a generation takes over
         self._log: ChangeLog | None = None
@@ -137,6 +140,7 @@ class Writer:
 
     async def build(self, request: BuildRequest) -> str:
         """Build a generation of what can be found now and let it take over; after :meth:`begin_build`. Its name."""
+        outcome = "failed"
         try:
             async with self._lock:
                 collection = self.collection
@@ -146,9 +150,11 @@ class Writer:
             name = await self._built(collection, upto, request)
             await self._take_over(name)
             await asyncio.to_thread(self._prune)
+            outcome = "done"
             return name
         finally:
             self._building = False
+            self._on_build(outcome)
 
     async def _built(self, collection: Collection, upto: int, request: BuildRequest) -> str:
         params = [] if request.search_params is None else [request.search_params.model_dump_json()]

@@ -1,6 +1,6 @@
 """The FastAPI app that both services build on.
 
-A request passes, from the outside in:
+A request passes, from the outside in (the span of a trace is FastAPI's, around all of it: :mod:`shared.telemetry`):
 
 1. :class:`RequestContext`     gets its id, is counted and logged; every error that comes back out gets its wire form
 2. :class:`DrainGate`          503 where the service is stopping
@@ -11,7 +11,6 @@ A request passes, from the outside in:
 """
 
 from collections.abc import Callable, Collection
-from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal
 
 from fastapi import FastAPI
@@ -31,11 +30,10 @@ from shared.request_context import RequestContext
 from shared.responses import install_error_handlers
 from shared.schemas import Health, ServiceInfo
 from shared.settings import ServiceSettings
+from shared.telemetry import Lifespan, Tracing
 from shared.version import VERSION
 
 __all__ = ["create_base_app", "raises", "request_deadline", "requires"]
-
-Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
 def create_base_app(
@@ -55,16 +53,22 @@ def create_base_app(
         info: the answer of ``/info``.
         open_paths: paths that need no key besides ``/livez``, ``/readyz`` and ``/metrics``.
     """
+    tracing = Tracing(settings, service)
     app = FastAPI(
         title=f"rag {service}",
         version=VERSION,
-        lifespan=lifespan,
+        lifespan=tracing.around(lifespan),
+        telemetry=tracing.config(unseen=STILL_ANSWERED),
         docs_url=None,  # FastAPI's pages load their scripts from a CDN
         redoc_url=None,
         redirect_slashes=False,  # an unknown path is a 404, not a guess
     )
     registry = CollectorRegistry()
     drain = Drain()
+
+    def problems() -> list[str]:
+        return (["the service is stopping"] if drain.draining else []) + readiness()
+
     app.state.settings = settings
     app.state.registry = registry
     app.state.drain = drain
@@ -76,8 +80,9 @@ def create_base_app(
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(Authenticate, settings=settings, open_paths=opened)
     app.add_middleware(DrainGate, drain=drain)
-    app.add_middleware(RequestContext, metrics=HttpMetrics(registry), drain=drain)
-    _add_operational_routes(app, registry, drain, readiness, info)
+    metrics = HttpMetrics(registry, service, ready=lambda: not problems())
+    app.add_middleware(RequestContext, metrics=metrics, drain=drain, tracer=tracing.tracer)
+    _add_operational_routes(app, registry, problems, info)
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -103,8 +108,7 @@ def request_deadline(timeout_ms: int | None, settings: ServiceSettings) -> Deadl
 def _add_operational_routes(
     app: FastAPI,
     registry: CollectorRegistry,
-    drain: Drain,
-    readiness: Callable[[], list[str]],
+    problems: Callable[[], list[str]],
     info: Callable[[], ServiceInfo],
 ) -> None:
     @app.get("/livez", tags=["operation"])
@@ -120,7 +124,7 @@ def _add_operational_routes(
     )
     async def readyz() -> Response:
         """Whether a request can be answered now."""
-        reasons = (["the service is stopping"] if drain.draining else []) + readiness()
+        reasons = problems()
         health = Health(status="unavailable" if reasons else "ok", reasons=reasons)
         return JSONResponse(
             health.model_dump(), 503 if reasons else 200, headers={"Retry-After": "1"} if reasons else None

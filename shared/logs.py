@@ -1,6 +1,8 @@
 """Structured logs: one event a line, as JSON or for people, on standard error; other libraries' too."""
 
 import logging
+import os
+import sys
 from typing import Any, Literal
 
 import structlog
@@ -9,8 +11,11 @@ from structlog.typing import Processor
 _QUIET = ("httpx", "httpcore", "uvicorn.access")  # a line a request each, which we write ourselves
 
 
-def configure_logging(level: str, form: Literal["json", "console"]) -> None:
+def configure_logging(level: str, form: Literal["auto", "json", "console"]) -> None:
     """Called once by the process that serves; importing or creating an app changes no logging."""
+    terminal = sys.stderr.isatty()
+    if form == "auto":
+        form = "console" if terminal else "json"
     enrich: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -21,7 +26,8 @@ def configure_logging(level: str, form: Literal["json", "console"]) -> None:
     if form == "json":
         render = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
-        render = [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+        colors = terminal and not os.environ.get("NO_COLOR")
+        render = [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)]
     structlog.configure(
         processors=[*enrich, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),

@@ -8,6 +8,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import structlog
+from opentelemetry.trace import Tracer
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,6 +16,7 @@ from shared.drain import Drain
 from shared.errors import RagError, Unavailable
 from shared.metrics import HttpMetrics
 from shared.responses import REQUEST_ID, error_response
+from shared.telemetry import joined, response_ends
 
 log = structlog.get_logger("http")
 
@@ -36,24 +38,28 @@ SECURITY_HEADERS = {
 
 
 class RequestContext:
-    def __init__(self, app: ASGIApp, *, metrics: HttpMetrics, drain: Drain) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: HttpMetrics, drain: Drain, tracer: Tracer | None) -> None:
         self.app = app
         self.metrics = metrics
         self.drain = drain
+        self.tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        headers = dict(scope["headers"])
+        request_id = _request_id(headers.get(b"x-request-id", b""))
         scope[REQUEST_ID] = request_id
         response = _Response(send, request_id, self.drain)
         began_s = time.perf_counter()
-        with structlog.contextvars.bound_contextvars(request_id=request_id), self.metrics.in_flight.track_inprogress():
-            try:
-                await self._answer(scope, receive, response)
-            finally:
-                self._record(scope, response, time.perf_counter() - began_s)
+        with joined(headers, self.tracer) as trace_id, self.metrics.in_flight.track_inprogress():
+            ids = {"request_id": request_id} if trace_id is None else {"request_id": request_id, "trace_id": trace_id}
+            with structlog.contextvars.bound_contextvars(**ids):
+                try:
+                    await self._answer(scope, receive, response)
+                finally:
+                    self._record(scope, response, time.perf_counter() - began_s)
 
     async def _answer(self, scope: Scope, receive: Receive, response: "_Response") -> None:
         try:
@@ -73,7 +79,7 @@ class RequestContext:
         method = scope["method"] if scope["method"] in _KNOWN_METHODS else "other"
         status = response.status or _CLIENT_GONE
         # An unknown path is logged, but no label: anyone could make endless series of it.
-        self.metrics.duration.labels(method, route or "none", str(status)).observe(seconds)
+        self.metrics.answered(method, route or "none", status, seconds, cancelled=not response.ended)
         known: MutableMapping[str, Any] = {"route": route} if route else {"path": scope["path"][:200]}
         # What is polled every second would bury the rest.
         say = log.debug if route in _POLLED and status < 400 else log.info
@@ -88,6 +94,7 @@ class _Response:
         self._request_id = request_id
         self._drain = drain
         self.status: int | None = None
+        self.ended = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -98,17 +105,20 @@ class _Response:
                 headers.setdefault(name, value)
             if self._drain.draining:
                 headers["Connection"] = "close"
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.ended = True
+            response_ends()
         await self._send(message)
 
     async def fail(self, error: RagError, scope: Scope, receive: Receive) -> None:
         if self.status is not None:
             # The head is out: nothing can be said any more. Ending here closes the connection, which a client
             # that counts the announced bytes or chunks notices.
+            self.ended = True
             log.warning("response_cut_short", code=error.code)
             return
         await error_response(error, scope)(scope, receive, self.send)
 
 
-def _request_id(scope: Scope) -> str:
-    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+def _request_id(given: bytes) -> str:
     return given.decode("ascii") if _SANE_ID.fullmatch(given) else uuid.uuid4().hex

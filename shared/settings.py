@@ -12,6 +12,7 @@ import difflib
 import os
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -36,7 +37,16 @@ class ServiceSettings(BaseSettings):
     max_timeout_ms: int = Field(default=600_000, ge=1, description="Longest deadline that a request may ask for.")
     drain_timeout_s: float = Field(default=30.0, ge=0, description="How long a stop waits for requests in flight.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least that is logged.")
-    log_format: Literal["json", "console"] = Field(default="json", description="JSON lines, or lines for people.")
+    log_format: Literal["auto", "json", "console"] = Field(
+        default="auto", description="JSON lines, or lines for people; auto: for people where they go to a terminal."
+    )
+    otlp_endpoint: str | None = Field(
+        default=None, description="OTLP/HTTP collector that traces are sent to, as http://host:4318; without, none are."
+    )
+    otlp_sample_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="Share of traces that are recorded; one that came in decided already."
+    )
+    otlp_service_name: str | None = Field(default=None, description="Name in traces; default: rag- and the service's.")
 
     @field_validator("api_key", "admin_key")
     @classmethod
@@ -44,6 +54,14 @@ class ServiceSettings(BaseSettings):
         if key is not None and not all("!" <= char <= "~" for char in key.get_secret_value()):
             raise ValueError("a key consists of visible ASCII characters without spaces")
         return key
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _is_base_url(cls, url: str | None) -> str | None:
+        parsed = urlsplit(url or "http://none")
+        if parsed.scheme not in {"http", "https"} or not parsed.hostname:
+            raise ValueError("must begin with http:// or https:// and name a host")
+        return None if url is None else url.rstrip("/").removesuffix("/v1/traces")
 
     @model_validator(mode="after")
     def _limits_agree(self) -> Self:

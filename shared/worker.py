@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar, cast
 
 import structlog
@@ -20,6 +20,7 @@ import structlog
 from shared.deadline import Deadline
 from shared.errors import DeadlineExceeded, InferenceError, Overloaded, RagError, Unavailable
 from shared.metrics import WorkerMetrics
+from shared.telemetry import Trace, current_trace
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -37,6 +38,9 @@ class _Entry(Generic[Item, Result]):
     deadline: Deadline
     loop: asyncio.AbstractEventLoop
     future: "asyncio.Future[Result]"
+    queued_s: float = field(default_factory=time.perf_counter)
+    began_s: float | None = None
+    shared_by: int = 0  # items of its batch
 
     @property
     def wanted(self) -> bool:
@@ -94,6 +98,7 @@ class DeviceWorker(Generic[Item, Result]):
             else waits: with a queue behind it there is company already.
         max_queue: items that may wait; the next one is refused.
         metrics: where batches are counted.
+        trace: where in its request's trace the stages of an item belong.
         step: called in the thread between batches, once :class:`Deferred` results are outstanding and for as long as
             it returns True. It moves them all on, so that long work never holds up short work by more than a step.
         admits: whether these items may run together with the deferred work there is; the ones that may not yet keep
@@ -112,6 +117,7 @@ class DeviceWorker(Generic[Item, Result]):
         max_wait_ms: float,
         max_queue: int,
         metrics: WorkerMetrics | None = None,
+        trace: Callable[[Item], Trace | None] = lambda _: current_trace(),
         step: Callable[[], bool] | None = None,
         admits: Callable[[list[Item]], bool] | None = None,
     ) -> None:
@@ -125,6 +131,7 @@ class DeviceWorker(Generic[Item, Result]):
         self._max_wait_s = max_wait_ms / 1000
         self._max_queue = max_queue
         self._metrics = metrics
+        self._trace = trace
         self.name = name
 
         self._queue: deque[_Entry[Item, Result]] = deque()
@@ -183,6 +190,25 @@ class DeviceWorker(Generic[Item, Result]):
             InferenceError: the batch failed for a reason that is ours.
             RagError: what ``run_batch`` raised on purpose.
         """
+        outcome = "failed"
+        try:
+            result = await self._submit(item, deadline)
+            outcome = "done"
+        except Overloaded:
+            outcome = "shed"
+            raise
+        except DeadlineExceeded:
+            outcome = "expired"
+            raise
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        finally:
+            if self._metrics is not None:
+                self._metrics.ended(outcome)
+        return result
+
+    async def _submit(self, item: Item, deadline: Deadline) -> Result:
         deadline.check(f"{self.name} could begin")
         loop = asyncio.get_running_loop()
         entry: _Entry[Item, Result] = _Entry(
@@ -203,6 +229,12 @@ class DeviceWorker(Generic[Item, Result]):
         finally:
             entry.future.cancel()  # tells the thread that nobody waits; without effect on a settled future
             self._forget(entry)
+            if (trace := self._trace(item)) is not None:
+                began_s = time.perf_counter() if entry.began_s is None else entry.began_s
+                trace.add(
+                    "queue", entry.queued_s, began_s, {"rag.worker": self.name, "rag.batch.items": entry.shared_by}
+                )
+                trace.flush()
 
     def _forget(self, entry: _Entry[Item, Result]) -> None:
         """Frees the place of an item that nobody waits for, so that it keeps nobody else out."""
@@ -297,6 +329,11 @@ class DeviceWorker(Generic[Item, Result]):
         wanted = [entry for entry in batch if entry.wanted]
         if not wanted:
             return
+        began_s = time.perf_counter()
+        for entry in wanted:
+            entry.began_s, entry.shared_by = began_s, len(wanted)
+            if self._metrics is not None:
+                self._metrics.waited(began_s - entry.queued_s)
         try:
             results = self._measured(wanted)
             if len(results) != len(wanted):

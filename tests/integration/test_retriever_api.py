@@ -412,7 +412,7 @@ async def test_searches_are_counted(client: httpx.AsyncClient) -> None:
     metrics = (await client.get("/metrics")).text
     assert 'retriever_queries_total{collection="default"} 3.0' in metrics
     assert 'worker_batch_size_count{worker="search"} 1.0' in metrics
-    assert 'retriever_passages{collection="default",' in metrics
+    assert 'retriever_index_passages{collection="default"}' in metrics
 
 
 # --- readiness and the start ---------------------------------------------------------------------------------

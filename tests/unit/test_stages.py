@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
 from generator_svc.checkpoint import load_checkpoint
 from generator_svc.contexts import Context
 from generator_svc.engine import RagEngine
 from generator_svc.engine.scheduler import Scheduler
+from generator_svc.metrics import GeneratorMetrics
 from generator_svc.stages import Assemble, Encode, Generate, Score, Stages, Tokenize, batch_key, batch_size
 from shared.deadline import Deadline
 from shared.errors import InferenceError, InvalidRequest
@@ -24,7 +26,11 @@ GREEDY = {"num_beams": 1, "max_new_tokens": 8}
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
-    return Stages(load_checkpoint(save_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))), max_tokens=10_000)
+    return Stages(
+        load_checkpoint(save_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))),
+        10_000,
+        GeneratorMetrics(CollectorRegistry()),
+    )
 
 
 def generate(n_docs: int, options: Mapping[str, Any] = GREEDY, strategy: str = "token", seed: int = 0) -> Generate:
@@ -99,7 +105,9 @@ async def test_the_text_arrives_in_pieces_that_make_up_the_answer(stages: Stages
 
 
 async def test_a_mask_token_without_a_row_of_its_own_is_read_as_unknown(tmp_path: Path) -> None:
-    stages = Stages(load_checkpoint(save_tiny_checkpoint(tmp_path, mask_row=False)), max_tokens=10_000)
+    stages = Stages(
+        load_checkpoint(save_tiny_checkpoint(tmp_path, mask_row=False)), 10_000, GeneratorMetrics(CollectorRegistry())
+    )
     mask = [("title", f"text {generator_tokenizer().mask_token}")]
     [[context]] = stages.run([Assemble("how many?", mask)])
     unknown = Context(
@@ -127,7 +135,7 @@ def test_scores_of_different_numbers_of_answers_share_a_batch(stages: Stages) ->
 async def test_probabilities_that_are_not_finite_are_an_error_and_no_answer(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(save_tiny_checkpoint(tmp_path))
     checkpoint.model.generator.final_logits_bias.fill_(float("nan"))  # as an overflow in float16 leaves it
-    [outcome] = await outcomes(Stages(checkpoint, max_tokens=10_000), [generate(2)])
+    [outcome] = await outcomes(Stages(checkpoint, 10_000, GeneratorMetrics(CollectorRegistry())), [generate(2)])
     assert isinstance(outcome, InferenceError)
 
 
