@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test test-fast check lint docs demo-model bench bench-engine bench-serve bench-retriever parity crash swap gpu-check clean browser
+.PHONY: help setup setup-dev run test test-fast check lint docs demo-model bench bench-engine bench-serve bench-retriever bench-overload audit sbom parity crash swap gpu-check clean browser
 
 PYTHON ?= python3
 VENV   := .venv
@@ -61,6 +61,15 @@ bench-serve: setup-dev  ## load both services at rising rates, beside transforme
 
 bench-retriever: setup-dev  ## compare the retriever with raw faiss, txtai, Chroma and transformers (BENCH=--quick: minutes)
 	@$(BIN)/python -W ignore -m benchmarks.retriever $(BENCH)
+
+bench-overload: setup-dev  ## ten times the capacity for two minutes, and a polite client beside a flood (5 minutes)
+	@$(BIN)/python -W ignore -m benchmarks.overload $(BENCH)
+
+audit: setup-dev  ## look the installed runtime dependencies up among known vulnerabilities
+	@$(BIN)/python -m services.supply audit
+
+sbom: setup-dev  ## write a CycloneDX bill of materials of what the services run on to build/sbom.json
+	@$(BIN)/python -m services.supply sbom build/sbom.json
 
 parity: setup-dev  ## compare token ids with transformers' on N random models, inputs and options (N=500)
 	@$(BIN)/python -W ignore -m tests.parity $(or $(N),500)

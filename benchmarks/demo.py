@@ -77,16 +77,16 @@ def transformers_rag(folder: Path, *, beams: int = 1) -> Callable[[Sequence[str]
 
 
 @contextmanager
-def both_services(folder: Path) -> Iterator[RagClient]:
-    """`rag up` over a new data folder, until both are ready."""
+def both_services(folder: Path, key: str | None = None, **variables: str) -> Iterator[RagClient]:
+    """`rag up` over a new data folder, until both are ready; ``key`` is the client's, ``variables`` are settings."""
     ports = ("--port", str(PORT), "--retriever-port", str(RETRIEVER_PORT))
     up = subprocess.Popen(
         [sys.executable, "-m", "services.cli", "up", *ports],
-        env=os.environ | {"RETRIEVER_DATA_DIR": str(folder / "data")},
+        env=os.environ | {"RETRIEVER_DATA_DIR": str(folder / "data")} | variables,
         stdout=subprocess.DEVNULL,
     )
     try:
-        client = RagClient(f"http://127.0.0.1:{PORT}", retriever_url=f"http://127.0.0.1:{RETRIEVER_PORT}")
+        client = RagClient(f"http://127.0.0.1:{PORT}", api_key=key, retriever_url=f"http://127.0.0.1:{RETRIEVER_PORT}")
         while client.ready().status != "ok":
             if up.poll() is not None:
                 raise SystemExit("the services did not start: try `make run`")

@@ -36,7 +36,7 @@ def create_app(settings: GeneratorSettings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await service.start(app.state.registry)
+        await service.start(app.state.registry, app.state.door)
         try:
             yield
         finally:

@@ -17,6 +17,7 @@ from shared.errors import (
     EncoderMismatch,
     InvalidRequest,
     NotFound,
+    Overloaded,
     RagError,
     Unavailable,
     UpstreamError,
@@ -67,6 +68,7 @@ class RetrieverClient:
         Raises:
             NotFound: no such collection. InvalidRequest: a refused ``n_docs`` or ``collection``.
             EncoderMismatch: the index was made for another question encoder.
+            Overloaded: it refuses more work; asking again at once would only add to it.
             UpstreamError: everything else that the retriever does wrong, with its message.
             DeadlineExceeded.
         """
@@ -154,7 +156,7 @@ class RetrieverClient:
         error = error_from_wire(response.status_code, _json(response))
         if isinstance(error, NotFound | InvalidRequest) and error.param in _CALLERS_FIELDS:
             return error
-        kind = type(error) if isinstance(error, DeadlineExceeded | Unavailable) else UpstreamError
+        kind = type(error) if isinstance(error, DeadlineExceeded | Overloaded | Unavailable) else UpstreamError
         return kind(f"the retriever at {self.url} says: {error.message}")
 
 

@@ -1,5 +1,6 @@
 """What a running generator holds, and how it starts, stops and reports on itself."""
 
+import os
 from collections.abc import Sequence
 
 import tokenizers
@@ -15,12 +16,15 @@ from generator_svc.readiness import RetrieverWatch
 from generator_svc.retriever_client import RetrieverClient
 from generator_svc.settings import GeneratorSettings
 from generator_svc.stages import Generate, Job, Later, Outcome, Stages, batch_key, batch_size
+from shared.door import Door
 from shared.errors import StartupError
 from shared.metrics import WorkerMetrics
 from shared.schemas import ServiceInfo
 from shared.telemetry import current_trace
 from shared.version import VERSION
 from shared.worker import DeviceWorker
+
+CPU_CONCURRENCY, GPU_CONCURRENCY = 2, 64
 
 
 class GeneratorService:
@@ -36,8 +40,8 @@ class GeneratorService:
         self._settings = settings
         self._watch: RetrieverWatch | None = None
 
-    async def start(self, registry: CollectorRegistry) -> None:
-        """Load, warm up, and begin to watch the retriever, which need not be there yet.
+    async def start(self, registry: CollectorRegistry, door: Door) -> None:
+        """Load, warm up, open the door as wide as the device is, and begin to watch the retriever, there or not.
 
         Raises:
             StartupError: the checkpoint or the device cannot be used.
@@ -61,6 +65,8 @@ class GeneratorService:
         await self._worker.start()
         checkpoint, scheduler = self.stages.checkpoint, self.stages.scheduler
         metrics.watch_device(checkpoint.device)
+        self._door = door
+        door.max_inside = settings.max_concurrent or concurrency(checkpoint.device)
         metrics.watch_decoding(lambda: scheduler.running, lambda: scheduler.tokens)
         self._retriever = RetrieverClient(settings, settings.index_encoder or checkpoint.encoder)
         self.pipeline = Pipeline(settings, checkpoint, self._worker, self._retriever, metrics)
@@ -92,6 +98,8 @@ class GeneratorService:
             device=str(checkpoint.device),
             limits={
                 **self._settings.limits,
+                "max_concurrent": self._door.max_inside,
+                "max_concurrent_per_client": self._door.max_inside_a_client,
                 # The checkpoint's own bounds, where they are narrower.
                 "max_new_tokens": most_new_tokens(self._settings, checkpoint),
                 "max_source_tokens": checkpoint.max_source_tokens,
@@ -130,6 +138,11 @@ class GeneratorService:
         )
         self.stages = Stages(checkpoint, settings.max_decode_tokens, self._metrics)
         self.stages.warm_up()
+
+
+def concurrency(device: torch.device) -> int:
+    """Requests that a device works on at once: what keeps it busy. On a CPU more only share the cores."""
+    return GPU_CONCURRENCY if device.type == "cuda" else max(CPU_CONCURRENCY, os.cpu_count() or 1)
 
 
 def choose_device(setting: str) -> torch.device:

@@ -40,6 +40,11 @@ class GeneratorSettings(ServiceSettings):
         "question encoder and leaves the index as it was: then name the encoder that the index was made with.",
     )
 
+    max_concurrent: int = Field(
+        default=0,
+        ge=0,
+        description="Requests that are worked on at once. 0: as many as there are cores, at least 2; 64 on a GPU.",
+    )
     max_questions: int = Field(default=32, ge=1, description="Questions in one request.")
     max_n_docs: int = Field(default=50, ge=1, description="Documents a question.")
     max_beams: int = Field(default=16, ge=1, description="num_beams of a request.")
@@ -80,10 +85,5 @@ class GeneratorSettings(ServiceSettings):
             "max_new_tokens",
             "max_batch_rows",
             "max_decode_tokens",
-            "max_body_bytes",
-            "max_queue",
-            "max_wait_ms",
-            "default_timeout_ms",
-            "max_timeout_ms",
         )
-        return {name: getattr(self, name) for name in names}
+        return self.shared_limits | {name: getattr(self, name) for name in names}

@@ -299,17 +299,13 @@ def _info(retriever: Retriever) -> ServiceInfo:
         versions=library_versions(),
         device=", ".join(sorted({collection.device for collection in collections})) or "none",
         limits={
-            "max_body_bytes": settings.max_body_bytes,
+            **settings.shared_limits,
             "max_batch_size": settings.max_batch_size,
             "max_batch_vectors": settings.max_batch_vectors,
             "max_n_docs": settings.max_n_docs,
             "max_documents": settings.max_documents,
             "keep_generations": settings.keep_generations,
             "rebuild_after": settings.rebuild_after,
-            "max_queue": settings.max_queue,
-            "max_wait_ms": settings.max_wait_ms,
-            "default_timeout_ms": settings.default_timeout_ms,
-            "max_timeout_ms": settings.max_timeout_ms,
         },
         collections=collections,
     )

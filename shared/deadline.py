@@ -1,10 +1,14 @@
 """A point in time by which a request must have ended; handed down the call, never restarted."""
 
 import time
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Self
 
 from shared.errors import DeadlineExceeded
+
+ARRIVED_S: ContextVar[float | None] = ContextVar("arrived_s", default=None)
+"""When the request that is being answered had arrived, on the monotonic clock; None outside of one."""
 
 
 @dataclass(frozen=True)
@@ -15,8 +19,10 @@ class Deadline:
 
     @classmethod
     def after(cls, timeout_ms: float | None, default_ms: float) -> Self:
-        """The deadline ``timeout_ms`` from now, or ``default_ms`` where the caller named none."""
-        return cls(time.monotonic() + (default_ms if timeout_ms is None else timeout_ms) / 1000)
+        """``timeout_ms`` after the request arrived (or from now), ``default_ms`` where the caller named none."""
+        arrived_s = ARRIVED_S.get()
+        begins_s = time.monotonic() if arrived_s is None else arrived_s
+        return cls(begins_s + (default_ms if timeout_ms is None else timeout_ms) / 1000)
 
     @property
     def remaining_s(self) -> float:

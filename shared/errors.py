@@ -9,6 +9,8 @@
     │   ├── Forbidden             403  the key may not do this
     │   ├── NotFound              404
     │   ├── MethodNotAllowed      405
+    │   ├── RequestTimeout        408  the request was sent too slowly
+    │   ├── HeadTooLarge          431
     │   └── Conflict              409
     ├── UpstreamError             424  the other service failed or cannot be reached
     │   └── EncoderMismatch       424  the index was made for another encoder
@@ -87,6 +89,14 @@ class NotFound(RequestError):
 
 class MethodNotAllowed(RequestError):
     status, code = 405, "method_not_allowed"
+
+
+class RequestTimeout(RequestError):
+    status, type, code, retryable = 408, "timeout_error", "request_timeout", True
+
+
+class HeadTooLarge(RequestError):
+    status, code = 431, "head_too_large"
 
 
 class Conflict(RequestError):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
+from shared.door import Door
 from shared.errors import DeadlineExceeded, Overloaded
 from shared.version import VERSION
 
@@ -48,6 +49,22 @@ class HttpMetrics:
         reason = "cancelled" if cancelled else _REASONS.get(status)
         if reason is not None:
             self._dropped[reason].inc()
+
+
+class DoorMetrics:
+    def __init__(self, registry: CollectorRegistry, door: Door) -> None:
+        inside = Gauge("door_inside", "Requests that are worked on.", registry=registry)
+        inside.set_function(lambda: door.inside)
+        waiting = Gauge("door_waiting", "Requests that wait for their turn.", registry=registry)
+        waiting.set_function(lambda: door.waiting)
+
+
+class ConnectionMetrics:
+    def __init__(self, registry: CollectorRegistry, count: Callable[[], int]) -> None:
+        Gauge("http_connections", "Connections that are open.", registry=registry).set_function(count)
+        self.ended = Counter(
+            "http_connections_ended", "Connections that were ended, by reason.", ["reason"], registry=registry
+        )
 
 
 class WorkerMetrics:

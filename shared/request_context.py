@@ -1,4 +1,4 @@
-"""The outermost layer: names each request, sees it end, and turns whatever was raised into the error form."""
+"""The layer around all work: names each request, sees it end, and turns whatever was raised into the error form."""
 
 import asyncio
 import re
@@ -25,16 +25,6 @@ _SANE_ID = re.compile(rb"[!-~]{1,128}")
 _KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"}
 _POLLED = frozenset({"/livez", "/readyz", "/metrics"})
 _CLIENT_GONE = 499  # nginx's number; it reaches logs and metrics only
-
-SECURITY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "X-Frame-Options": "DENY",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "Cache-Control": "no-store",
-}
-"""Set where a route has not set its own."""
 
 
 class RequestContext:
@@ -101,8 +91,6 @@ class _Response:
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["X-Request-ID"] = self._request_id
-            for name, value in SECURITY_HEADERS.items():
-                headers.setdefault(name, value)
             if self._drain.draining:
                 headers["Connection"] = "close"
         elif message["type"] == "http.response.body" and not message.get("more_body", False):

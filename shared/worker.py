@@ -1,8 +1,9 @@
 """One thread that owns a device, and the bounded queue in front of it.
 
 torch models and faiss indexes are used by one thread each: it loads them, warms them up and is the only one to touch
-them. Requests wait in a queue; the thread takes the oldest, adds those behind it that may share a batch (an equal key),
-runs the batch and hands each result to the event loop that waits for it. Whatever happens, every item that was taken in
+them. Requests wait in a queue that is fair to clients (:mod:`shared.fair_queue`; "oldest" below is the first in its
+order); the thread takes the oldest, adds those behind it that may share a batch (an equal key), runs the batch and
+hands each result to the event loop that waits for it. Whatever happens, every item that was taken in
 ends in exactly one outcome: a result, an error, or nobody waiting any more.
 """
 
@@ -10,15 +11,16 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar, cast
 
 import structlog
 
+from shared.clients import CLIENT
 from shared.deadline import Deadline
 from shared.errors import DeadlineExceeded, InferenceError, Overloaded, RagError, Unavailable
+from shared.fair_queue import FairQueue
 from shared.metrics import WorkerMetrics
 from shared.telemetry import Trace, current_trace
 
@@ -96,7 +98,7 @@ class DeviceWorker(Generic[Item, Result]):
         max_batch_size: largest sum of sizes; an item above it runs alone.
         max_wait_ms: how long a batch waits for company after its first item was taken, and only while nothing
             else waits: with a queue behind it there is company already.
-        max_queue: items that may wait; the next one is refused.
+        max_queue: items that may wait; the next one is refused, or takes the place of a client's that has more.
         metrics: where batches are counted.
         trace: where in its request's trace the stages of an item belong.
         step: called in the thread between batches, once :class:`Deferred` results are outstanding and for as long as
@@ -134,7 +136,7 @@ class DeviceWorker(Generic[Item, Result]):
         self._trace = trace
         self.name = name
 
-        self._queue: deque[_Entry[Item, Result]] = deque()
+        self._queue: FairQueue[_Entry[Item, Result]] = FairQueue()
         self._deferred: list[_Entry[Item, Result]] = []  # touched by the thread only
         self._changed = threading.Condition()  # guards everything below, and the queue
         self._accepting = False
@@ -184,7 +186,7 @@ class DeviceWorker(Generic[Item, Result]):
         """The item's result.
 
         Raises:
-            Overloaded: the queue is full.
+            Overloaded: the queue is full, now or when a client's turn comes that has fewer items in it.
             Unavailable: the worker is not running, died, or stopped before the item's batch.
             DeadlineExceeded: the deadline passed; an item that had not begun never will.
             InferenceError: the batch failed for a reason that is ours.
@@ -214,12 +216,12 @@ class DeviceWorker(Generic[Item, Result]):
         entry: _Entry[Item, Result] = _Entry(
             item, self._key(item), self._size(item), deadline, loop, loop.create_future()
         )
+        client = CLIENT.get()
         with self._changed:
             if not self._accepting:
                 raise Unavailable(self._failure or f"{self.name} is not running", retry_after_s=1)
-            if len(self._queue) >= self._max_queue:
-                raise Overloaded(f"{self._max_queue} requests wait for {self.name} already", retry_after_s=1)
-            self._queue.append(entry)
+            self._make_room(client, entry.size)
+            self._queue.push(entry, client, max(1, entry.size))
             self._changed.notify()
         try:
             async with asyncio.timeout(deadline.remaining_s):
@@ -235,6 +237,16 @@ class DeviceWorker(Generic[Item, Result]):
                     "queue", entry.queued_s, began_s, {"rag.worker": self.name, "rag.batch.items": entry.shared_by}
                 )
                 trace.flush()
+
+    def _make_room(self, client: str, size: int) -> None:
+        if len(self._queue) < self._max_queue:
+            return
+        full = Overloaded(f"{self._max_queue} requests wait for {self.name} already", retry_after_s=1)
+        if not self._queue.displaces(client, max(1, size)):
+            raise full
+        given_up = self._queue.last
+        self._queue.remove(given_up)
+        given_up.reject(full)
 
     def _forget(self, entry: _Entry[Item, Result]) -> None:
         """Frees the place of an item that nobody waits for, so that it keeps nobody else out."""
@@ -278,10 +290,10 @@ class DeviceWorker(Generic[Item, Result]):
             if self._stopping:
                 return None
             # The oldest item that may run is in every batch, so no key can starve another.
-            first = self._queue[0] if wait else self._oldest_that_may_run()
+            first = self._queue.first if wait else self._oldest_that_may_run()
             if first is None:
                 return []
-            self._queue.remove(first)
+            self._queue.take(first)
             batch = [first]
             until_s = time.monotonic() + self._max_wait_s
             while self._join(batch) and wait and not self._queue and not self._stopping:
@@ -308,7 +320,7 @@ class DeviceWorker(Generic[Item, Result]):
         for entry in [entry for entry in self._queue if entry.key == batch[0].key]:
             if entry.size > room or not self._may_run([*batch, entry]):
                 return False  # a smaller one behind it must not overtake it
-            self._queue.remove(entry)
+            self._queue.take(entry)
             batch.append(entry)
             room -= entry.size
         return room > 0
@@ -370,5 +382,5 @@ class DeviceWorker(Generic[Item, Result]):
     def _fail_waiting(self, why: str) -> None:
         with self._changed:
             self._accepting = False
-            waiting, self._queue = [*self._queue, *self._deferred], deque()
+            waiting, self._queue = [*self._queue, *self._deferred], FairQueue()
         self._reject(waiting, Unavailable(why, retry_after_s=1))

@@ -9,6 +9,7 @@ from typing import Any
 
 import structlog
 from fastapi import Depends, FastAPI
+from fastapi.responses import PlainTextResponse
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
@@ -92,6 +93,10 @@ def create_tiny_app(settings: ServiceSettings | None = None, **options: Any) -> 
     async def raise_error(code: str) -> None:
         raise ERRORS_BY_CODE[code]("on purpose", param="code", retry_after_s=2.5)
 
+    @app.get("/v1/large", include_in_schema=False)
+    async def large() -> PlainTextResponse:
+        return PlainTextResponse("x" * 2**24)
+
     @app.get("/v1/crash", include_in_schema=False)
     async def crash() -> None:
         raise KeyError("the secret of the crash")
@@ -100,4 +105,4 @@ def create_tiny_app(settings: ServiceSettings | None = None, **options: Any) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(run(TinySettings, create_tiny_app))
+    sys.exit(run(TinySettings, create_tiny_app, grace_s=float(os.environ.get("CONNECTION_GRACE_S", "10"))))

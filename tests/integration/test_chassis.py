@@ -184,6 +184,9 @@ async def test_every_response_has_the_security_headers(http: httpx.AsyncClient) 
         headers = (await http.get(path)).headers
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert headers["Referrer-Policy"] == "no-referrer"
+        assert headers["X-Frame-Options"] == "DENY"
+        assert headers["Cross-Origin-Opener-Policy"] == "same-origin"
+        assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
         assert "default-src 'none'" in headers["Content-Security-Policy"]
 
 
@@ -332,3 +335,137 @@ async def test_the_work_of_a_client_that_left_is_cancelled(app: FastAPI) -> None
             await asyncio.wait_for(request, timeout=5)
     assert app.state.cancelled == 1
     assert logs[-1]["status"] == 499
+
+
+# --- clients and their shares ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def crowded(client_for: ClientFor) -> AsyncIterator[httpx.AsyncClient]:
+    """Two requests at once, two may wait; half of either for one client."""
+    settings = TinySettings(
+        client_keys=SecretStr("web:web-key, batch:batch-key"),
+        admin_key=SecretStr(ADMIN),
+        max_concurrent=2,
+        max_queue=2,
+        max_body_bytes=1024,
+        max_held_bytes=4096,
+        client_share=0.5,
+    )
+    async with client_for(create_tiny_app(settings)) as client:
+        yield client
+
+
+async def asleep(http: httpx.AsyncClient, key: str, seconds: float = 0.3) -> "asyncio.Task[httpx.Response]":
+    task = asyncio.create_task(http.post("/v1/sleep", json={"seconds": seconds}, headers=bearer(key)))
+    await asyncio.sleep(0.02)
+    return task
+
+
+async def test_one_keys_flood_keeps_no_other_key_out(crowded: httpx.AsyncClient) -> None:
+    flood = [await asleep(crowded, "batch-key") for _ in range(4)]
+    polite = await crowded.post("/v1/echo", json={"text": "a"}, headers=bearer("web-key"))
+    assert polite.status_code == 200
+    answers = [await task for task in flood]
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 429, 429]
+    refused = [answer for answer in answers if answer.status_code == 429]
+    for answer in refused:
+        assert error_of(answer, 429)["retryable"] is True
+        assert answer.headers["Retry-After"] == "1"
+
+
+async def test_what_is_looked_up_is_answered_however_much_is_asked(crowded: httpx.AsyncClient) -> None:
+    flood = [await asleep(crowded, "batch-key") for _ in range(4)]
+    assert (await crowded.get("/v1/items/1", headers=bearer("batch-key"))).status_code == 200
+    await asyncio.gather(*flood)
+
+
+async def test_a_request_that_cannot_come_in_is_refused_by_its_head(crowded: httpx.AsyncClient) -> None:
+    flood = [await asleep(crowded, "batch-key") for _ in range(3)]
+    read = False
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal read
+        read = True
+        yield b"{}"
+
+    headers = {**JSON, **bearer("batch-key")}
+    assert (await crowded.post("/v1/echo", content=body(), headers=headers)).status_code == 429
+    assert not read
+    await asyncio.gather(*flood)
+
+
+async def test_bodies_of_one_client_take_its_share_of_the_memory_only(crowded: httpx.AsyncClient) -> None:
+    begun, enough = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b" " * 900
+        begun.set()
+        await enough.wait()
+        yield b"{}"
+
+    async def held(key: str) -> int:
+        response = await crowded.post("/v1/echo", content=slow(), headers={**JSON, **bearer(key)})
+        return response.status_code
+
+    holding = [asyncio.create_task(held("batch-key")) for _ in range(2)]
+    await begun.wait()
+    await asyncio.sleep(0.05)
+    assert await held("batch-key") == 429
+    other = await crowded.post("/v1/echo", json={"text": "a" * 900}, headers=bearer("web-key"))
+    assert other.status_code == 200
+    enough.set()
+    assert await asyncio.gather(*holding) == [422, 422]
+
+
+async def test_waiting_for_a_turn_counts_towards_the_deadline(client_for: ClientFor) -> None:
+    settings = TinySettings(max_concurrent=1, client_share=1.0, default_timeout_ms=100)
+    async with client_for(create_tiny_app(settings)) as http:
+        first = asyncio.create_task(http.post("/v1/sleep", json={"seconds": 0.5}))
+        await asyncio.sleep(0.02)
+        assert error_of(await http.post("/v1/sleep", json={"seconds": 0}), 429)["code"] == "overloaded"
+        assert (await first).status_code == 200
+
+
+async def test_each_named_key_reads_and_none_administers(crowded: httpx.AsyncClient) -> None:
+    for key in ("web-key", "batch-key"):
+        assert (await crowded.get("/v1/items/1", headers=bearer(key))).status_code == 200
+        error_of(await crowded.delete("/v1/items/1", headers=bearer(key)), 403)
+    error_of(await crowded.get("/v1/items/1", headers=bearer("web-key,")), 401)
+    error_of(await crowded.get("/v1/items/1", headers=bearer("web:web-key")), 401)
+
+
+# --- other origins -----------------------------------------------------------------------------------------
+
+ORIGIN = "https://app.example.org"
+PREFLIGHT = {
+    "Origin": ORIGIN,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type",
+}
+
+
+async def test_pages_of_other_origins_may_not_call_by_default(http: httpx.AsyncClient) -> None:
+    preflight = await http.options("/v1/echo", headers=PREFLIGHT)
+    assert preflight.status_code == 405
+    answer = await http.post("/v1/echo", json={"text": "a"}, headers={"Origin": ORIGIN})
+    for response in (preflight, answer):
+        assert not any(name.lower().startswith("access-control-") for name in response.headers)
+
+
+async def test_an_allowed_origin_may_call_and_read_errors_and_no_other(client_for: ClientFor) -> None:
+    settings = TinySettings(api_key=SecretStr(READER), cors_origins=f"{ORIGIN}, http://localhost:3000")
+    async with client_for(create_tiny_app(settings)) as http:
+        preflight = await http.options("/v1/echo", headers=PREFLIGHT)
+        assert preflight.status_code == 200
+        assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
+        for key, status in ((READER, 200), ("wrong", 401)):
+            response = await http.post("/v1/echo", json={"text": "a"}, headers={"Origin": ORIGIN, **bearer(key)})
+            assert response.status_code == status
+            assert response.headers["Access-Control-Allow-Origin"] == ORIGIN
+            assert "Access-Control-Allow-Credentials" not in response.headers
+            assert response.headers["X-Content-Type-Options"] == "nosniff"
+        foreign = await http.get("/v1/items/1", headers={"Origin": "https://evil.example", **bearer(READER)})
+        assert "Access-Control-Allow-Origin" not in foreign.headers
+        refused = await http.options("/v1/echo", headers={**PREFLIGHT, "Origin": "https://evil.example"})
+        assert refused.status_code == 400

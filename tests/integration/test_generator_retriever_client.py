@@ -146,7 +146,7 @@ async def test_not_ready_for_too_long_is_an_upstream_error(retriever: SmallRetri
         # The caller of the generator sent no vectors and chose no path: these are not its fault.
         (InvalidRequest("vectors: 9 dimensions", param="vectors"), UpstreamError, None),
         (NotFound("there is nothing at this path"), UpstreamError, None),
-        (Overloaded("queue full"), UpstreamError, None),
+        (Overloaded("queue full"), Overloaded, None),
         (InferenceError("trace in the log"), UpstreamError, None),
         (DeadlineExceeded("too late"), DeadlineExceeded, None),
     ],

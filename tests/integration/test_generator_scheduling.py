@@ -33,7 +33,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.asynccontextmanager
 async def generator(checkpoint: Path, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-    made = {"retriever_retry_s": 0.0, "torch_threads": 1, "log_level": "error", **settings}
+    wide_open = {"max_concurrent": 64, "client_share": 1.0, "shed_after_ms": 0}  # this is about what is behind the door
+    made = {"retriever_retry_s": 0.0, "torch_threads": 1, "log_level": "error", **wide_open, **settings}
     app = create_app(GeneratorSettings(checkpoint=str(checkpoint), retriever_url="http://127.0.0.1:9", **made))
     transport = httpx.ASGITransport(app)
     async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://test") as http:

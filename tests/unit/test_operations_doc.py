@@ -13,7 +13,7 @@ from generator_svc.settings import GeneratorSettings
 from retriever_svc.app import create_app
 from retriever_svc.settings import RetrieverSettings
 from shared.gpu_memory import GpuMemory
-from shared.metrics import HttpMetrics, WorkerMetrics
+from shared.metrics import ConnectionMetrics, HttpMetrics, WorkerMetrics
 from shared.settings import ServiceSettings
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +67,7 @@ def test_every_metric_is_there() -> None:
     GeneratorMetrics(registry)
     HttpMetrics(registry, "generator", ready=lambda: True)
     WorkerMetrics(registry, "any")
+    ConnectionMetrics(registry, lambda: 0)
     GpuMemory(registry, lambda: {"cuda:0": {"used": 1}})
     of_retriever = create_app(RetrieverSettings()).state.registry
     families = {family.name: family for one in (registry, of_retriever) for family in one.collect()}

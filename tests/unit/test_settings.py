@@ -92,6 +92,52 @@ def test_readers_may_not_hold_the_admin_key(monkeypatch: pytest.MonkeyPatch) -> 
         load_settings(OvenSettings)
 
 
+def test_clients_have_keys_of_their_own_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("web:one:with:colons\nbatch:two\n")
+    monkeypatch.setenv("OVEN_CLIENT_KEYS_FILE", str(path))
+    named = load_settings(OvenSettings).named_keys
+    assert {name: key.get_secret_value() for name, key in named.items()} == {"web": "one:with:colons", "batch": "two"}
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("secret-alone", "entry 1 of client_keys is not of the form name:key"),
+        ("web:secret-one,batch:", "entry 2 of client_keys"),
+        ("web:secret-one,web:secret-two", "the name 'web' in client_keys is taken"),
+        ("admin:secret-one", "the name 'admin' in client_keys is taken"),
+        ("web:secret-one,batch:secret-one", "a key that is given twice"),
+        ("web:secret-ключ", "visible ASCII"),
+    ],
+)
+def test_client_keys_that_cannot_be_told_apart_are_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, value: str, why: str
+) -> None:
+    monkeypatch.setenv("OVEN_CLIENT_KEYS", value)
+    with pytest.raises(StartupError, match=why) as refused:
+        load_settings(OvenSettings)
+    assert "secret-" not in refused.value.message
+
+
+@pytest.mark.parametrize("origin", ["app.example.org", "https://app.example.org/path", "https://*.example.org"])
+def test_what_is_no_origin_is_refused(monkeypatch: pytest.MonkeyPatch, origin: str) -> None:
+    monkeypatch.setenv("OVEN_CORS_ORIGINS", origin)
+    with pytest.raises(StartupError, match=r"OVEN_CORS_ORIGINS: .* is no origin"):
+        load_settings(OvenSettings)
+
+
+def test_a_body_that_no_client_may_send_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVEN_MAX_BODY_BYTES", str(2**30))
+    with pytest.raises(StartupError, match="max_body_bytes is above client_share of max_held_bytes"):
+        load_settings(OvenSettings)
+
+
+def test_the_limits_say_what_one_client_may_take() -> None:
+    limits = OvenSettings(max_queue=100, client_share=0.25).shared_limits
+    assert (limits["max_queue"], limits["max_queue_per_client"]) == (100, 25)
+
+
 def test_settings_do_not_change_and_hide_their_keys() -> None:
     settings = OvenSettings(admin_key=SecretStr("hidden"))
     with pytest.raises(ValidationError, match="frozen"):
