@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test test-fast check lint docs demo-model bench bench-engine bench-serve bench-retriever bench-overload audit sbom parity crash swap gpu-check clean browser
+.PHONY: help setup setup-dev run test test-fast check lint docs demo-model bench bench-engine bench-serve bench-retriever bench-overload audit sbom parity crash swap gpu-check clean browser prometheus
 
 PYTHON ?= python3
 VENV   := .venv
@@ -30,7 +30,7 @@ $(VENV)/.setup-dev: $(VENV)/.setup
 run: setup  ## start both services and print the address of the page
 	@$(BIN)/rag up
 
-test: setup-dev browser  ## set everything up and run all tests, with coverage
+test: setup-dev browser prometheus  ## set everything up and run all tests, with coverage
 	@$(BIN)/python -m pytest --cov --cov-report=term
 
 test-fast: setup-dev
@@ -90,6 +90,13 @@ browser:
 	    echo "installing chromium for the browser tests …"; \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
 	  else echo "no chromium here: the browser tests will be skipped"; fi; }
+
+prometheus:
+	@command -v prometheus >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "installing prometheus for the test of the dashboard …"; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus >/dev/null; \
+	  else echo "no prometheus here: the test that asks a real one will be skipped"; fi; }
 
 clean:  ## remove the virtual environment, caches and the data folder
 	rm -rf $(VENV) build dist data .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

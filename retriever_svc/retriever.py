@@ -68,6 +68,7 @@ class Retriever:
         )
         for collection in catalog.collections.values():
             collection.warm_up()
+            self._metrics.watch_builds(collection.name)  # a counter that appears with its first failure alerts nobody
         self._metrics.watch_gpus(collection.index.device for collection in catalog.collections.values())
         self._catalog = catalog
 
