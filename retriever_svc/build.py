@@ -23,6 +23,7 @@ from retriever_svc import generation as gen
 from retriever_svc.index import FLAT, IndexBuilder
 from retriever_svc.passages import PassageTable, passage_schema
 from retriever_svc.source import Source, embeddings_of, first_repeated
+from retriever_svc.text_file import TextWriter
 from retriever_svc.versions import library_versions
 from shared.errors import InvalidRequest
 from shared.retrieval import Int64Array
@@ -119,10 +120,11 @@ def _write_generation(
 ) -> gen.Manifest:
     keep = options.index_file is not None
     index = IndexBuilder(folder, source.dimension, source.dtype, options.kind, keep=keep)
-    writing = _Writing(source, index, progress)
     schema = passage_schema(source.dimension, source.dtype, source.metadata)
     try:
-        passages_version = PassageTable.write(folder / gen.PASSAGES, schema, writing.batches())
+        with TextWriter(folder, source.metadata.names) as texts:
+            writing = _Writing(source, index, texts, progress)
+            passages_version = PassageTable.write(folder / gen.PASSAGES, schema, writing.batches())
     except OSError as error:
         # Lance reads the batches from Rust, which turns whatever our generator raised into an OSError with its text.
         raise writing.failure or error from error
@@ -153,10 +155,11 @@ def _write_generation(
 
 
 class _Writing:
-    """Passes clean batches on to the table, and gathers on the way what the index and the manifest need."""
+    """Passes clean batches on to the table; on the way the index, the texts and the manifest take what they need."""
 
-    def __init__(self, source: Source, index: IndexBuilder, progress: Progress | None) -> None:
+    def __init__(self, source: Source, index: IndexBuilder, texts: TextWriter, progress: Progress | None) -> None:
         self._source = source
+        self._texts = texts
         self._progress = progress
         self._ids: list[Int64Array] = []
         self.index = index
@@ -169,6 +172,7 @@ class _Writing:
             for batch in self._source.clean_batches():
                 embeddings_BD = embeddings_of(batch)
                 self.index.add(embeddings_BD)
+                self._texts.add(batch)
                 norms_B = np.linalg.norm(embeddings_BD.astype(np.float64), axis=1)
                 self.max_norm = max(self.max_norm, float(norms_B.max()))
                 self._ids.append(batch.column("id").to_numpy())

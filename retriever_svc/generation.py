@@ -6,7 +6,8 @@
             manifest.json              what the others are, with the sha256 of each
             index.faiss                vectors, row by row
             embeddings.bin             the true embeddings, where the index does not keep them
-            passages.lance/            id, title, text, embedding, metadata of the same rows
+            passages.lance/            id, title, text, embedding, metadata of the same rows: the record
+            texts.bin, texts.offsets   title, text and metadata once more, as they are read to answer
 
 A generation never changes once it has its name. Another one is built beside it and takes over by CURRENT.
 """

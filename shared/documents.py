@@ -54,13 +54,17 @@ class Documents(Sequence[Sequence[Passage]]):
 
 
 def passage_columns(
-    ids: pa.Array, titles: pa.Array, texts: pa.Array, metadata: Sequence[Mapping[str, Any] | None] | None
+    ids: pa.Array, titles: pa.Array, texts: pa.Array, metadata: pa.Array | None = None
 ) -> pa.StructArray:
-    """Passages as one of the two types; ``metadata`` is None where the collection has none."""
+    """Passages as one of the two types; ``metadata`` as :func:`metadata_column` makes it, where there is any."""
     if metadata is None:
         return pa.StructArray.from_arrays([ids, titles, texts], fields=list(PASSAGE_TYPE))
-    written = pa.array([None if one is None else to_json(one).decode() for one in metadata], pa.string())
-    return pa.StructArray.from_arrays([ids, titles, texts, written], fields=list(PASSAGE_WITH_METADATA))
+    return pa.StructArray.from_arrays([ids, titles, texts, metadata], fields=list(PASSAGE_WITH_METADATA))
+
+
+def metadata_column(metadata: Sequence[Mapping[str, Any] | None]) -> pa.Array:
+    """Each passage's as JSON."""
+    return pa.array([None if one is None else to_json(one).decode() for one in metadata], pa.string())
 
 
 def passage_array(passages: Sequence[Passage], *, metadata: bool | None = None) -> pa.StructArray:
@@ -70,7 +74,9 @@ def passage_array(passages: Sequence[Passage], *, metadata: bool | None = None) 
     ids, titles, texts = (
         pa.array([getattr(one, field.name) for one in passages], field.type) for field in PASSAGE_TYPE
     )
-    return passage_columns(ids, titles, texts, [one.metadata for one in passages] if metadata else None)
+    return passage_columns(
+        ids, titles, texts, metadata_column([one.metadata for one in passages]) if metadata else None
+    )
 
 
 def passage_of(fields: Any) -> Passage:

@@ -19,6 +19,7 @@ from retriever_svc.index.building import EMBEDDINGS, LARGEST_SAMPLE, LEAST_SAMPL
 from retriever_svc.index.faiss_index import Index
 from retriever_svc.index.kinds import PRESETS, lists_of, recipe, subquantizers
 from retriever_svc.index.vectors import MappedVectors
+from retriever_svc.text_file import offsets_bytes
 from shared.retrieval import Float32Array
 
 PROBE = 4096
@@ -109,8 +110,8 @@ def needs(count: int, dimension: int, *, text_bytes: int = 620, itemsize: int = 
             kind,
             ram=size + count * IDS_BYTES + PROCESS_BYTES,
             vram=size if kind in ON_CUDA else None,
-            cached=0 if kind == "flat" else raw,
-            disk=size + (0 if kind == "flat" else raw) + raw + count * (text_bytes + 20),
+            cached=(0 if kind == "flat" else raw) + count * text_bytes + offsets_bytes(count),
+            disk=size + (0 if kind == "flat" else raw) + raw + count * (2 * text_bytes + 20) + offsets_bytes(count),
             build_s=_build_s(kind, count, probed, compare_s),
             query_s=probed.query_s * looked_through(kind, count) / looked_through(kind, PROBE),
             recall=preset.recall_floor,
