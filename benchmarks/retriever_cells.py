@@ -1,6 +1,5 @@
 """What is measured in `make bench-retriever`, and what comes out of it; it imports no torch, no faiss, no rival."""
 
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,7 +78,8 @@ def figures(system: str, cell: Cell, turns: Sequence[Turn]) -> Figures:
     )
 
 
-def resident_bytes(pids: Sequence[int]) -> int:
-    """Of all the processes, as Linux counts it; mapped files that are in memory are in it."""
-    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def memory_bytes(pids: Sequence[int]) -> tuple[int, int]:
+    """Resident and private memory of the processes, as Linux counts it; files that are mapped are resident only."""
+    lines = [line.split() for pid in pids for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
+    resident, private = (sum(int(line[1]) for line in lines if line[0] == name) for name in ("Rss:", "Anonymous:"))
+    return resident * 1024, private * 1024

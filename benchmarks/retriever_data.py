@@ -1,4 +1,4 @@
-"""The corpus of `make bench-retriever`: made from a seed once, built with our own builder, kept under ``build/``.
+"""The corpus of `make bench-retriever`: made from a seed once, built with our own builder, kept in a work folder.
 
 Unit vectors around one centre in forty, as sentences about the same things are; passages of about a hundred words.
 Shapes: N passages, B queries, D dimension.
@@ -18,12 +18,12 @@ from retriever_svc import generation as gen
 from retriever_svc.build import Options, build_collection
 from retriever_svc.passages import passage_schema
 from retriever_svc.source import Source
+from retriever_svc.text_file import TEXTS
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
 Say = Callable[[str], None]
 
-KEPT = Path(__file__).parents[1] / "build" / "bench-retriever"
 QUERIES = 2048
 NOISE = 0.5
 WORDS = 100
@@ -82,15 +82,16 @@ class Corpus:
         return Source(schema, batches(), "sha256-of-none", count=self.count)
 
 
-def corpus(count: int, dimension: int, kinds: list[str], say: Say) -> Corpus:
-    """Made where it is not there yet."""
-    made = Corpus(KEPT / f"{count}x{dimension}", count, dimension)
+def corpus(work: Path, count: int, dimension: int, kinds: list[str], say: Say) -> Corpus:
+    """That in the folder ``work``, made where it is not there yet."""
+    made = Corpus(work / f"{count}x{dimension}", count, dimension)
     if not (made.folder / "queries.npy").exists():
         say(f"making {count} x {dimension} vectors")
         made.folder.mkdir(parents=True, exist_ok=True)
         _write_vectors(made)
     for kind in kinds:
-        if (made.data_dir(kind) / "collections" / "default" / gen.CURRENT).exists():
+        there = (made.data_dir(kind) / "collections" / "default" / gen.CURRENT).exists()
+        if there and (made.generation(kind) / TEXTS).exists():  # else an earlier version built it
             continue
         say(f"building {kind} over {count} x {dimension}")
         shutil.rmtree(made.data_dir(kind), ignore_errors=True)

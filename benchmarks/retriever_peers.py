@@ -1,4 +1,4 @@
-"""The rivals of `make bench-retriever` that come from PyPI: each in an environment of its own under ``build/peers``.
+"""The rivals of `make bench-retriever` that come from PyPI: each in an environment of its own in the work folder.
 
 One that cannot be installed, filled or started is reported with the reason, and the others go on without it.
 """
@@ -22,10 +22,10 @@ from benchmarks.retriever_data import Corpus, Say
 from benchmarks.retriever_http import Dialect, HttpSystem, chroma_dialect, our_dialect, txtai_dialect
 from tests.retriever_process import RetrieverProcess
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENTS = ROOT / "build" / "peers"
 SCRIPTS = Path(__file__).parent / "peers"
 CONSTRAINTS = "torch==2.13.0\n"  # as in constraints.txt: without it pip may choose a build for a GPU
+REQUIREMENTS = {"txtai": "txtai[api]", "chroma": "chromadb"}
+FILLED = "filled.id"  # holds the id of Chroma's collection, once it is whole
 START_S = 180.0
 
 
@@ -33,17 +33,18 @@ class PeerMissing(Exception):
     """Says why a rival is not in the comparison."""
 
 
-def python_of(name: str, requirement: str, say: Say) -> Path:
-    """The interpreter of an environment that holds ``requirement``, which is installed where it is not there yet.
+def python_of(name: str, work: Path, say: Say) -> Path:
+    """The interpreter of a rival's environment, which is made where it is not there yet.
 
     Raises: PeerMissing.
     """
-    folder = ENVIRONMENTS / name
+    requirement, environments = REQUIREMENTS[name], work / "peers"
+    folder = environments / name
     if not (folder / ".installed").exists():
-        say(f"installing {requirement} into {folder.relative_to(ROOT)}, a few minutes")
+        say(f"installing {requirement} into {folder}, a few minutes")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        constraints = ENVIRONMENTS / "constraints.txt"
+        constraints = environments / "constraints.txt"
         constraints.write_text(CONSTRAINTS)
         _done(f"installing {requirement}", sys.executable, "-m", "venv", folder)
         _done(f"installing {requirement}", folder / "bin" / "pip", "install", "-q", "-c", constraints, requirement)
@@ -95,61 +96,82 @@ def raw_faiss(corpus: Corpus, kind: str, how: str, threads: int) -> Iterator[InP
         yield system
 
 
+PEERS = {"txtai": "flat", "transformers": "flat", "chroma": "hnsw"}
+"""The kind of ours that each is nearest to."""
+
+
+def prepare(name: str, corpus: Corpus, say: Say) -> None:
+    """Install a rival and fill its index, where that is not done yet.
+
+    Raises: PeerMissing.
+    """
+    if name == "txtai":
+        python, index = python_of(name, corpus.folder.parent, say), _txtai_index(corpus)
+        if not (index / "embeddings").exists():
+            say("filling txtai")
+            shutil.rmtree(index, ignore_errors=True)
+            script, environment = SCRIPTS / "txtai_vectors.py", _txtai_environment(corpus)
+            _done("filling txtai", python, script, _lines(corpus), index, environment=environment)
+    elif name == "chroma":
+        python, folder = python_of(name, corpus.folder.parent, say), _chroma_folder(corpus)
+        if not (folder / FILLED).exists():
+            say("filling Chroma")
+            shutil.rmtree(folder, ignore_errors=True)
+            vectors = corpus.folder / "vectors.npy"
+            printed = _done("filling Chroma", python, SCRIPTS / "chroma_fill.py", _lines(corpus), vectors, folder)
+            (folder / FILLED).write_text(printed.split()[-1])
+
+
 @contextmanager
 def peer(name: str, corpus: Corpus, threads: int, say: Say) -> Iterator[System]:
     """One of `PEERS`. Raises: PeerMissing."""
+    prepare(name, corpus, say)
     with ExitStack() as stack:
         if name == "transformers":
             shape = (corpus.folder, corpus.count, corpus.dimension)
             yield stack.enter_context(in_process(name, "benchmarks.transformers_retriever", *shape, threads))
         elif name == "txtai":
-            yield stack.enter_context(_txtai(corpus, threads, say))
+            yield stack.enter_context(_txtai(corpus, python_of(name, corpus.folder.parent, say), threads))
         else:
-            yield stack.enter_context(_chroma(corpus, threads, say))
-
-
-PEERS = {"txtai": "flat", "transformers": "flat", "chroma": "hnsw"}
-"""The kind of ours that each is nearest to."""
+            yield stack.enter_context(_chroma(corpus, python_of(name, corpus.folder.parent, say), threads))
 
 
 @contextmanager
-def _txtai(corpus: Corpus, threads: int, say: Say) -> Iterator[HttpSystem]:
-    python = python_of("txtai", "txtai[api]", say)
-    index = corpus.folder / "txtai"
-    environment = {
-        "BENCH_CORPUS": str(corpus.folder),
-        "PYTHONPATH": str(SCRIPTS),
-        "ALLOW_RESOLVE_TRANSFORM": "True",
-        "OMP_NUM_THREADS": str(threads),
-        "CONFIG": str(corpus.folder / "txtai.yml"),
-    }
-    if not (index / "embeddings").exists():
-        say("filling txtai")
-        shutil.rmtree(index, ignore_errors=True)
-        _done("filling txtai", python, SCRIPTS / "txtai_vectors.py", _lines(corpus), index, environment=environment)
-    Path(environment["CONFIG"]).write_text(f"path: {index}\nembeddings:\n  path: null\n")
+def _txtai(corpus: Corpus, python: Path, threads: int) -> Iterator[HttpSystem]:
+    environment = {**_txtai_environment(corpus), "OMP_NUM_THREADS": str(threads)}
+    Path(environment["CONFIG"]).write_text(f"path: {_txtai_index(corpus)}\nembeddings:\n  path: null\n")
     port = _free_port()
     command = [python, "-m", "uvicorn", "--port", port, "--log-level", "warning", "txtai.api:app"]
     with _server("txtai", command, port, "/count", environment, corpus=corpus, dialect=txtai_dialect()) as system:
         yield system
 
 
+def _txtai_index(corpus: Corpus) -> Path:
+    return corpus.folder / "txtai"
+
+
+def _txtai_environment(corpus: Corpus) -> dict[str, str]:
+    return {
+        "BENCH_CORPUS": str(corpus.folder),
+        "PYTHONPATH": str(SCRIPTS),
+        "ALLOW_RESOLVE_TRANSFORM": "True",
+        "CONFIG": str(corpus.folder / "txtai.yml"),
+    }
+
+
 @contextmanager
-def _chroma(corpus: Corpus, threads: int, say: Say) -> Iterator[HttpSystem]:
-    python = python_of("chroma", "chromadb", say)
-    folder, filled = corpus.folder / "chroma", corpus.folder / "chroma.id"
-    if not filled.exists():
-        say("filling Chroma")
-        shutil.rmtree(folder, ignore_errors=True)
-        vectors = corpus.folder / "vectors.npy"
-        printed = _done("filling Chroma", python, SCRIPTS / "chroma_fill.py", _lines(corpus), vectors, folder)
-        filled.write_text(printed.split()[-1])
+def _chroma(corpus: Corpus, python: Path, threads: int) -> Iterator[HttpSystem]:
+    folder = _chroma_folder(corpus)
     port = _free_port()
     command = [python.parent / "chroma", "run", "--path", folder, "--port", port]
     threads_of = {"RAYON_NUM_THREADS": str(threads), "ANONYMIZED_TELEMETRY": "False"}
-    dialect = chroma_dialect(corpus.queries, filled.read_text())
+    dialect = chroma_dialect(corpus.queries, (folder / FILLED).read_text())
     with _server("chroma", command, port, "/api/v2/heartbeat", threads_of, corpus=corpus, dialect=dialect) as system:
         yield system
+
+
+def _chroma_folder(corpus: Corpus) -> Path:
+    return corpus.folder / "chroma"
 
 
 @contextmanager

@@ -113,15 +113,18 @@ def _beside_peers(found: Sequence[Figures]) -> list[tuple[Figures, Figures]]:
 
 
 def memory_table(about: Sequence[dict[str, Any]], count: int) -> Table:
-    table = Table(title="resident memory at the end, and share of the true best that is found")
+    table = Table(
+        title="memory at the end in GiB, also per million passages, and share of the true best that is found",
+        caption="private: what cannot be dropped and read again; the rest of resident memory is files, mapped.",
+    )
     for name in ("system", "kind"):
         table.add_column(name)
-    for name in ("MiB", "GiB per million passages", "recall@5"):
+    for name in ("resident", "per million", "private", "per million", "recall@5"):
         table.add_column(name, justify="right")
     for one in about:
-        size = one["rss_bytes"]
-        per_million = size / count * 1e6 / GIB
-        table.add_row(one["system"], one["kind"], f"{size / 2**20:.0f}", f"{per_million:.2f}", f"{one['recall']:.1%}")
+        sizes = [one["rss_bytes"] / GIB, one["private_bytes"] / GIB]
+        columns = [f"{size:.2f}" for gib in sizes for size in (gib, gib / count * 1e6)]
+        table.add_row(one["system"], one["kind"], *columns, f"{one['recall']:.1%}")
     return table
 
 

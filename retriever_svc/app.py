@@ -1,13 +1,14 @@
 """The HTTP service: routes, and nothing that a route does not need."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi import Path as PathParameter
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.responses import Response
 
@@ -74,6 +75,17 @@ PassageId = Annotated[int, PathParameter(ge=0, le=INT64_MAX)]
 router = APIRouter(tags=["retrieval"])
 
 
+class _PlainRoute(APIRoute):
+    """Hands the request to the endpoint. What FastAPI does for each request instead (dependencies, exit stacks, a body
+    to validate), an endpoint that reads the body itself has no use for; a search waits for it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        return self.endpoint
+
+
+searching = APIRouter(tags=["retrieval"], route_class=_PlainRoute)
+
+
 def create_app(settings: RetrieverSettings) -> FastAPI:
     """The service; its collections are loaded when its lifespan begins."""
 
@@ -94,6 +106,7 @@ def create_app(settings: RetrieverSettings) -> FastAPI:
     app = create_base_app(settings, service="retriever", lifespan=lifespan, readiness=readiness, info=info)
     retriever = Retriever(settings, app.state.registry)
     app.state.retriever = retriever
+    app.include_router(searching)
     app.include_router(router)
     return app
 
@@ -127,7 +140,7 @@ def _binary(description: str) -> dict[str, str]:
     return {"type": "string", "format": "binary", "description": description}
 
 
-@router.post(
+@searching.post(
     "/v1/retrieve",
     response_model=RetrieveResponse,
     responses={
@@ -140,12 +153,13 @@ def _binary(description: str) -> dict[str, str]:
     },
     openapi_extra={"requestBody": _request_body(RetrieveRequest, ARROW_REQUEST)},
 )
-async def retrieve(request: Request, retriever: TheRetriever) -> Response:
+async def retrieve(request: Request) -> Response:
     """The documents nearest to each query vector, by inner product; equal scores in ascending id.
 
     With `Accept: application/json;vectors=base64` the embeddings come as base64; with Arrow's media type everything
     comes as an Arrow IPC stream.
     """
+    retriever: Retriever = request.app.state.retriever
     form = response_form(request.headers.get("accept"))
     body = await request.body()
     content_type = request.headers.get("content-type", "")

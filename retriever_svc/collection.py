@@ -104,7 +104,8 @@ class Collection:
         """
         self.check_dimension(vectors_BD, "vectors")
         # Every partial sum of q·d is at most |q| |d|; half of the range leaves room for the rounding of norms.
-        norms_B = np.linalg.norm(vectors_BD.astype(np.float64), axis=1)
+        wide_BD = vectors_BD.astype(np.float64)
+        norms_B = np.sqrt(np.einsum("bd,bd->b", wide_BD, wide_BD))
         too_large = np.flatnonzero(norms_B * self.max_norm > FLOAT32_MAX / 2)
         if len(too_large):
             raise InvalidRequest(

@@ -16,11 +16,13 @@ import pyarrow as pa
 
 from retriever_svc.metadata import to_wire
 from shared.documents import metadata_column, passage_columns
-from shared.errors import StartupError
+from shared.errors import InvalidRequest, StartupError
 from shared.retrieval import Int64Array
 
 TEXTS = "texts.bin"
 OFFSETS = "texts.offsets"
+
+MOST_BYTES = 2**31 - 1  # what the 32-bit offsets of a string column reach
 
 _OFFSET_BYTES = 8
 
@@ -89,11 +91,23 @@ class MappedTexts:
         return cls(strings, 3 if metadata else 2)
 
     def take(self, rows_K: Int64Array, ids_K: Int64Array) -> pa.StructArray:
-        """The passages of ``rows_K`` (any order, repeats allowed), in that order; ``ids_K`` are their ids."""
+        """The passages of ``rows_K`` (any order, repeats allowed), in that order; ``ids_K`` are their ids.
+
+        Arrow reads them without Python's lock: where the disk has to be waited for, nothing else waits.
+
+        Raises: InvalidRequest: more text than one Arrow column takes.
+        """
         count = len(rows_K)
         at = np.concatenate([rows_K * self._parts + part for part in range(self._parts)])
-        found = self._strings.take(pa.array(at)).cast(pa.string())
-        columns = [found.slice(part * count, count) for part in range(self._parts)]
+        _, bounds, texts = self._strings.take(pa.array(at)).buffers()
+        offsets = np.frombuffer(bounds, np.int64, len(at) + 1)
+        if offsets[-1] > MOST_BYTES:
+            raise InvalidRequest(f"the passages have {offsets[-1]} bytes together; ask for fewer", param="n_docs")
+        narrow = pa.py_buffer(offsets.astype(np.int32))
+        columns = [
+            pa.StringArray.from_buffers(count, narrow, texts, null_count=0, offset=part * count)
+            for part in range(self._parts)
+        ]
         return passage_columns(pa.array(ids_K), *columns)
 
 

@@ -23,15 +23,17 @@ from shared.retrieval import Float32Array
 # Slots of the flatbuffer tables in Message.fbs.
 _MESSAGE_HEADER, _RECORD_BATCH_COMPRESSION = 2, 3
 
+_JSON = json.JSONEncoder(allow_nan=False)
+
 
 def write_stream(columns: Mapping[str, pa.Array], metadata: Mapping[str, Any]) -> bytes:
     """One record batch; each metadata value as JSON under its key in the schema."""
-    encoded = {key: json.dumps(value, allow_nan=False) for key, value in metadata.items()}
-    schema = pa.schema([pa.field(name, column.type) for name, column in columns.items()], metadata=encoded)
+    encoded = {key: _JSON.encode(value) for key, value in metadata.items()}
+    batch = pa.RecordBatch.from_arrays([*columns.values()], [*columns], metadata=encoded)
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, schema) as writer:
-        writer.write_batch(pa.record_batch(list(columns.values()), schema=schema))
-    return bytes(sink.getvalue())
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 
 def read_stream(body: bytes) -> pa.Table:

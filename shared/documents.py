@@ -12,6 +12,8 @@ from shared.schemas import Passage
 PASSAGE_TYPE = pa.struct([("id", pa.int64()), ("title", pa.string()), ("text", pa.string())])
 # Of collections that have metadata: each passage's as JSON, so that a value is the same in every form.
 PASSAGE_WITH_METADATA = pa.struct([*PASSAGE_TYPE, pa.field("metadata", pa.string())])
+# Made once: a type makes its fields anew whenever it is asked.
+_FIELDS, _FIELDS_WITH_METADATA = list(PASSAGE_TYPE), list(PASSAGE_WITH_METADATA)
 
 _METADATA: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
@@ -58,8 +60,8 @@ def passage_columns(
 ) -> pa.StructArray:
     """Passages as one of the two types; ``metadata`` as :func:`metadata_column` makes it, where there is any."""
     if metadata is None:
-        return pa.StructArray.from_arrays([ids, titles, texts], fields=list(PASSAGE_TYPE))
-    return pa.StructArray.from_arrays([ids, titles, texts, metadata], fields=list(PASSAGE_WITH_METADATA))
+        return pa.StructArray.from_arrays([ids, titles, texts], fields=_FIELDS)
+    return pa.StructArray.from_arrays([ids, titles, texts, metadata], fields=_FIELDS_WITH_METADATA)
 
 
 def metadata_column(metadata: Sequence[Mapping[str, Any] | None]) -> pa.Array:

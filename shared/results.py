@@ -183,4 +183,6 @@ def _embeds_type(dimension: int) -> pa.DataType:
 
 
 def _joined(arrays: Sequence[Any], dtype: Any) -> Any:
+    if len(arrays) == 1:
+        return arrays[0].astype(dtype, copy=False)
     return np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype, copy=False)

@@ -229,8 +229,9 @@ class DeviceWorker(Generic[Item, Result]):
         except TimeoutError:
             raise DeadlineExceeded(f"the deadline passed while {self.name} was busy") from None
         finally:
-            entry.future.cancel()  # tells the thread that nobody waits; without effect on a settled future
-            self._forget(entry)
+            # Nobody waits any more, which the thread learns from the future. A settled one has left the queue.
+            if entry.future.cancel() or entry.future.cancelled():
+                self._forget(entry)
             if (trace := self._trace(item)) is not None:
                 began_s = time.perf_counter() if entry.began_s is None else entry.began_s
                 trace.add(

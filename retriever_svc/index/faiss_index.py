@@ -14,6 +14,7 @@ import numpy.typing as npt
 import structlog
 
 from retriever_svc.index.building import EMBEDDINGS, INDEX
+from retriever_svc.index.huge_pages import to_huge_pages
 from retriever_svc.index.kinds import checked, core_of, reason_of
 from retriever_svc.index.vectors import MappedVectors
 from shared.errors import InvalidRequest, StartupError
@@ -103,7 +104,10 @@ class Index:
             raise StartupError(f"{folder / EMBEDDINGS} is missing: {path} does not hold the embeddings; rebuild it")
         if len(vectors) != host.ntotal:
             raise StartupError(f"{folder / EMBEDDINGS} holds {len(vectors)} rows, {path} {host.ntotal}; rebuild them")
-        return cls(host, vectors, cuda=device != "cpu" and gpus > 0, gpu_storage=gpu_storage)
+        cuda = device != "cpu" and gpus > 0
+        if not cuda:
+            log.info("huge_pages", bytes=to_huge_pages(host))
+        return cls(host, vectors, cuda=cuda, gpu_storage=gpu_storage)
 
     def _move_to_gpu(self, storage: GpuStorage) -> None:
         half = storage == "float16"
