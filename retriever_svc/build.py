@@ -1,36 +1,36 @@
 """Builds a generation of a collection: all of it or nothing, whenever the power goes.
 
-Everything is written to a folder with a temporary name and flushed to the disk; then the folder gets its name in
-one rename, and CURRENT points to it in another. A build that dies leaves a temporary folder, which the next build
-removes. One build of a collection runs at a time: a lock file, released by the kernel when its holder dies.
+Rows are stored, the index is trained, and filled, each from where an earlier run of the same build left it
+(:mod:`retriever_svc.checkpoint`). Then the folder gets its name in one rename, and CURRENT points to it in another.
+One build of a collection runs at a time: a lock file, released by the kernel when its holder dies.
 """
 
 import fcntl
-import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import pyarrow as pa
 import structlog
 
 from retriever_svc import generation as gen
-from retriever_svc.index import FLAT, IndexBuilder
-from retriever_svc.passages import PassageTable, passage_schema
-from retriever_svc.source import Source, embeddings_of, first_repeated
-from retriever_svc.text_file import TextWriter
+from retriever_svc.checkpoint import TEMPORARY, BuildPlan, Progress, Work, clear_abandoned
+from retriever_svc.index import EMBEDDINGS, FLAT, build_index, recipe, take_index
+from retriever_svc.index.kinds import Recipe
+from retriever_svc.index.vectors import VectorsFile, VectorSource
+from retriever_svc.passages import TableVectors
+from retriever_svc.record import Record
+from retriever_svc.source import Source
 from retriever_svc.versions import library_versions
 from shared.errors import InvalidRequest
-from shared.retrieval import Int64Array
 from shared.schemas import SearchParams
 
+__all__ = ["TEMPORARY", "Options", "Progress", "build_collection", "build_locked", "collection_lock"]
+
 LOCK = ".lock"
-TEMPORARY = ".building-"
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,11 @@ class Options:
     lineage: str | None = None
     applied: int = 0
 
+    @property
+    def keeps_embeddings(self) -> bool:
+        """In a file of their own; that of a flat index is one already."""
+        return self.kind != FLAT or self.index_file is not None
 
-Progress = Callable[[int, int | None], None]
-"""Called with the rows taken so far and the rows of the source, where known."""
 
 log = structlog.get_logger(__name__)
 
@@ -66,7 +68,8 @@ def build_collection(
     """Build a generation from ``source`` and make it the current one.
 
     ``collection`` is the folder ``data/collections/<name>``, made where it is missing. What served before stays in
-    place, for whoever has it open.
+    place, for whoever has it open. A build of a source with an ``identity`` that was killed, in any way, goes on when
+    it is called again with the same source and options; ``search_params`` may be others.
 
     Returns: the generation's name.
     Raises: InvalidRequest: the source is empty, repeats an id, or has values that cannot be served.
@@ -79,26 +82,25 @@ def build_locked(
     collection: Path, source: Source, options: Options | None = None, progress: Progress | None = None
 ) -> str:
     """As :func:`build_collection`, for a caller that holds the lock."""
+    options = options or Options()
+    recipe(options.kind, source.dimension, 1)  # refuses a kind that cannot be, before anything is read
     generations = collection / gen.GENERATIONS
     generations.mkdir(exist_ok=True)
-    for abandoned in generations.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(abandoned, ignore_errors=True)
-    now = datetime.now(UTC)
-    name = f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
-    folder = generations / f"{TEMPORARY}{name}"
-    folder.mkdir()
+    plan = _plan(source, options)
+    clear_abandoned(generations, plan)
+    work = Work.open(generations, plan, progress)
+    name = work.state.sealed
     try:
-        manifest = _write_generation(folder, source, options or Options(), now, progress)
-        gen.write_manifest(folder, manifest)
-        for path in [*folder.rglob("*"), folder]:
-            gen.flush(path)
-        folder.rename(generations / name)
-    except BaseException:
-        shutil.rmtree(folder)
+        if name is None or not (generations / name).exists():
+            name = _finish(work, generations, source, options, progress)
+    except BaseException as error:
+        refused = isinstance(error, InvalidRequest) and not isinstance(error.__cause__, OSError)
+        if source.identity is None or refused:  # nobody can go on with it
+            work.remove()
         raise
-    gen.flush(generations)
     gen.set_current(collection, name)
-    log.info("generation_built", collection=collection.name, generation=name, passages=manifest.count)
+    work.remove()
+    log.info("generation_built", collection=collection.name, generation=name)
     return name
 
 
@@ -115,74 +117,70 @@ def collection_lock(collection: Path) -> Iterator[None]:
         yield
 
 
-def _write_generation(
-    folder: Path, source: Source, options: Options, now: datetime, progress: Progress | None
-) -> gen.Manifest:
-    keep = options.index_file is not None
-    index = IndexBuilder(folder, source.dimension, source.dtype, options.kind, keep=keep)
-    schema = passage_schema(source.dimension, source.dtype, source.metadata)
-    try:
-        with TextWriter(folder, source.metadata.names) as texts:
-            writing = _Writing(source, index, texts, progress)
-            passages_version = PassageTable.write(folder / gen.PASSAGES, schema, writing.batches())
-    except OSError as error:
-        # Lance reads the batches from Rust, which turns whatever our generator raised into an OSError with its text.
-        raise writing.failure or error from error
-    if not writing.count:
-        raise InvalidRequest("the source has no passages", param="source")
-    if repeated := first_repeated(writing.ids()):
-        raise InvalidRequest("id {} stands in rows {} and {}; ids must be unique".format(*repeated), param="id")
-    settled = writing.index.write(options.search_params, progress, options.index_file)
-    return gen.Manifest(
+def _plan(source: Source, options: Options) -> BuildPlan:
+    versions = library_versions()
+    return BuildPlan(
+        source=source.identity or uuid.uuid4().hex,
+        schema_=source.schema.remove_metadata().to_string(),
+        encoder=source.encoder,
+        kind=options.kind,
+        keeps_embeddings=options.keeps_embeddings,
+        index=None if options.index_file is None else _described(options.index_file),
+        lineage=options.lineage,
+        applied=options.applied,
+        origin=options.origin,
+        versions={name: versions[name] for name in ("faiss", "lance")},
+    )
+
+
+def _described(path: Path) -> str:
+    found = path.stat()
+    return f"{path.name} {found.st_size} {found.st_mtime_ns}"
+
+
+def _finish(work: Work, generations: Path, source: Source, options: Options, progress: Progress | None) -> str:
+    """Do what is left to do, and give the generation its name."""
+    Record(work, source, keeps_embeddings=options.keeps_embeddings, progress=progress).finish()
+    settled = recipe(options.kind, source.dimension, work.state.rows, options.search_params)
+    factory = _index(work, source, options, settled, progress)
+    now = datetime.now(UTC)
+    name = f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    manifest = gen.Manifest(
         kind=settled.kind,
-        factory=settled.factory,
+        factory=factory,
         search_params=settled.params,
         dimension=source.dimension,
-        count=writing.count,
+        count=work.state.rows,
         dtype="float16" if source.dtype == "float16" else "float32",
-        max_norm=writing.max_norm,
+        max_norm=work.state.max_norm,
         encoder=source.encoder,
         origin=options.origin,
         source_sha256=source.sha256,
         attribution=source.attribution,
-        passages_version=passages_version,
+        passages_version=work.state.table_version,
         lineage=options.lineage or uuid.uuid4().hex,
         applied=options.applied,
         versions=library_versions(),
         created_at=now.isoformat(timespec="seconds"),
-        files=gen.describe_files(folder),
+        files=work.records(),
     )
+    gen.write_manifest(work.generation, manifest)
+    gen.flush(work.generation / gen.MANIFEST)
+    gen.flush(work.generation)
+    work.save({}, sealed=name)
+    work.generation.rename(generations / name)
+    gen.flush(generations)
+    return name
 
 
-class _Writing:
-    """Passes clean batches on to the table; on the way the index, the texts and the manifest take what they need."""
-
-    def __init__(self, source: Source, index: IndexBuilder, texts: TextWriter, progress: Progress | None) -> None:
-        self._source = source
-        self._texts = texts
-        self._progress = progress
-        self._ids: list[Int64Array] = []
-        self.index = index
-        self.count = 0
-        self.max_norm = 0.0
-        self.failure: BaseException | None = None
-
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        try:
-            for batch in self._source.clean_batches():
-                embeddings_BD = embeddings_of(batch)
-                self.index.add(embeddings_BD)
-                self._texts.add(batch)
-                norms_B = np.linalg.norm(embeddings_BD.astype(np.float64), axis=1)
-                self.max_norm = max(self.max_norm, float(norms_B.max()))
-                self._ids.append(batch.column("id").to_numpy())
-                self.count += len(batch)
-                if self._progress is not None:
-                    self._progress(self.count, self._source.count)
-                yield batch
-        except BaseException as error:
-            self.failure = error
-            raise
-
-    def ids(self) -> Int64Array:
-        return np.concatenate(self._ids)
+def _index(work: Work, source: Source, options: Options, settled: Recipe, progress: Progress | None) -> str:
+    """Build the index, or take the one that is there; faiss's name of it."""
+    if options.index_file is not None:
+        return take_index(work, options.index_file, work.state.rows, source.dimension)
+    vectors: VectorSource
+    if options.keeps_embeddings:
+        vectors = VectorsFile(work.generation / EMBEDDINGS, source.dimension, source.dtype)
+    else:
+        vectors = TableVectors(work.generation / gen.PASSAGES, work.state.table_version)
+    build_index(work, vectors, settled, progress)
+    return settled.factory

@@ -67,10 +67,9 @@ class Manifest(BaseModel):
     files: dict[str, FileRecord]  # by path inside the generation's folder
 
 
-def describe_files(folder: Path) -> dict[str, FileRecord]:
-    """Size and sha256 of every file below ``folder``, the manifest aside."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return dict(_hash_files(folder, (name for name in names if name != MANIFEST)))
+def describe_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
+    """Size and sha256 of files in ``folder``."""
+    return dict(_hash_files(folder, names))
 
 
 def current_generation(collection: Path) -> Path:

@@ -17,11 +17,12 @@ import pyarrow as pa
 from retriever_svc.metadata import NO_METADATA, metadata_schema, to_wire
 from retriever_svc.text_file import MappedTexts
 from shared.documents import metadata_column, passage_columns
-from shared.retrieval import Int64Array
+from shared.retrieval import Float32Array, Int64Array
 
 BoolArray = npt.NDArray[np.bool_]
 
 READ_COLUMNS = ["title", "text"]  # the ids are in memory
+VERSION_HINT = "_versions/latest_version_hint.json"
 FILTERABLE = ["id", *READ_COLUMNS]
 EMBEDDING_TYPES = {"float16": pa.float16(), "float32": pa.float32()}
 
@@ -50,12 +51,6 @@ class PassageTable:
         # where a dict takes about 100).
         self._rows_by_id = np.argsort(self.ids, kind="stable")
         self._texts: MappedTexts | None = None
-
-    @classmethod
-    def write(cls, path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
-        """Write a new table. Returns the version of the data set to open it by."""
-        reader = pa.RecordBatchReader.from_batches(schema, iter(batches))
-        return int(lance.write_dataset(reader, path, mode="create").version)
 
     @classmethod
     def open(cls, path: Path, version: int) -> "PassageTable":
@@ -118,6 +113,47 @@ def matching_rows(dataset: Any, expression: str, rows: int) -> BoolArray:
     for batch in dataset.scanner(columns=["_rowoffset"], filter=expression).to_batches():
         matching[batch.column(0).to_numpy()] = True
     return matching
+
+
+def append_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
+    """Add rows to a table, made where it is missing, in one commit. Returns the version to open it by."""
+    reader = pa.RecordBatchReader.from_batches(schema, iter(batches))
+    mode = "append" if (path / "_versions").exists() else "create"
+    version = int(lance.write_dataset(reader, path, mode=mode).version)
+    (path / VERSION_HINT).unlink(missing_ok=True)  # saves listing the versions, but is the one file that changes
+    return version
+
+
+def read_ids(path: Path) -> Int64Array:
+    """(N,) The ids of a table's last version, in row order."""
+    return _read_ids(lance.dataset(path))
+
+
+class TableVectors:
+    """The embeddings of a table, read from its beginning to its end."""
+
+    def __init__(self, path: Path, version: int) -> None:
+        self._dataset = lance.dataset(path, version=version)
+        self.dimension = int(self._dataset.schema.field("embedding").type.list_size)
+        self._count = int(self._dataset.count_rows())
+
+    def __len__(self) -> int:
+        return self._count
+
+    def pieces(self, start: int, rows: int) -> Iterator[Float32Array]:
+        """Rows from ``start`` on, ``rows`` at a time, the last piece aside: (rows, D)."""
+        for first in range(start, self._count, rows):
+            read = self._dataset.to_table(columns=["embedding"], offset=first, limit=rows, scan_in_order=True)
+            yield self._vectors(read)
+
+    def take(self, rows_K: Int64Array) -> Float32Array:
+        """(K, D) Chosen rows."""
+        return self._vectors(self._dataset.take(rows_K.tolist(), columns=["embedding"]))
+
+    def _vectors(self, table: pa.Table) -> Float32Array:
+        flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        found: Float32Array = flat.astype(np.float32, copy=False).reshape(len(table), self.dimension)
+        return found
 
 
 def _read_ids(dataset: Any) -> Int64Array:

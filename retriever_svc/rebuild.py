@@ -45,6 +45,7 @@ def rebuild(
         manifest.encoder,
         count=manifest.count - delta.n_base_dead + delta.count,
         attribution=manifest.attribution,
+        identity=f"{generation} and its changes to {upto}",
     )
     options = Options(kind, params, lineage=manifest.lineage, applied=upto)
     return build_collection(folder, source, options=options)

@@ -5,7 +5,10 @@ A source has the columns ``id`` (integer, unique, not negative), ``title``, ``te
 its schema metadata under ``encoder``. Its other columns, where they hold scalars, are the passages' metadata.
 """
 
+import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,11 +40,16 @@ COLUMNS: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
     "embedding": (_is_embedding, "fixed_size_list<float16 or float32>[at least 1]"),
 }
 BATCH_ROWS = 4096
+READ_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Source:
-    """``count`` is the number of rows where it is known before reading; ``sha256`` that of the file, if it is one."""
+    """``count`` is the number of rows where it is known before reading; ``sha256`` that of the file, if it is one.
+
+    ``identity`` is another one wherever the rows are others, and is known where they can be read anew: a build that
+    was killed goes on only with a source of the same.
+    """
 
     schema: pa.Schema
     batches: Iterable[pa.RecordBatch]
@@ -49,6 +57,7 @@ class Source:
     count: int | None = None
     sha256: str | None = None
     attribution: str | None = None
+    identity: str | None = None
 
     @property
     def dimension(self) -> int:
@@ -63,14 +72,16 @@ class Source:
         """The metadata columns, as they are stored."""
         return metadata_schema(self.schema)
 
-    def clean_batches(self) -> Iterator[pa.RecordBatch]:
-        """The rows in the table's own schema.
+    def clean_batches(self, skip: int = 0) -> Iterator[pa.RecordBatch]:
+        """The rows in the table's own schema, without the first ``skip``, which were looked at before.
 
         Raises: InvalidRequest: names the column at fault and the row.
         """
         schema = passage_schema(self.dimension, self.dtype, self.metadata)
         row = 0
-        for batch in _readable(self.batches):
+        for read in _readable(self.batches):
+            batch = read.slice(max(0, min(skip - row, len(read))))
+            row += len(read) - len(batch)
             columns = [_clean_column(batch, name, schema.field(name).type, row) for name in COLUMNS]
             columns += [clean_column(batch.column(one.name), one.type, one.name) for one in self.metadata]
             clean = pa.record_batch(columns, schema=schema)
@@ -110,12 +121,40 @@ def from_parquet(path: Path, encoder: str | None = None) -> Source:
     Raises: InvalidRequest: not a readable Parquet file, or as :func:`from_stream`.
     """
     try:
-        file = pq.ParquetFile(path)
+        file = parquet_file(path)
         count = file.metadata.num_rows
         reader = pa.RecordBatchReader.from_batches(file.schema_arrow, file.iter_batches(BATCH_ROWS))
     except (OSError, pa.ArrowException) as error:
         raise InvalidRequest(f"{path} cannot be read as Parquet: {error}", param="source") from error
-    return replace(from_stream(reader, encoder), count=count, sha256=file_sha256(path))
+    sha256 = file_sha256(path)
+    return replace(from_stream(reader, encoder), count=count, sha256=sha256, identity=sha256)
+
+
+def parquet_file(path: Path) -> pq.ParquetFile:
+    """Open to be read piece by piece: a row group, which is read ahead otherwise, may be as large as the file."""
+    return pq.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False)
+
+
+def files_in(path: Path) -> list[Path]:
+    """The file itself, or all files below the folder."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def files_identity(*paths: Path) -> str:
+    """Digest of the files' contents, in this order: ``sha256-`` and 16 hex digits.
+
+    Raises: InvalidRequest: a file cannot be read.
+    """
+
+    def described(path: Path) -> bytes:
+        try:
+            return f"{path.stat().st_size}:{file_sha256(path)}\n".encode()
+        except OSError as error:
+            raise InvalidRequest(f"{path} cannot be read: {error.strerror}", param="corpus") from error
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="hash") as pool:
+        digest = hashlib.sha256(b"".join(pool.map(described, paths)))
+    return f"sha256-{digest.hexdigest()[:16]}"
 
 
 def embeddings_of(batch: pa.RecordBatch) -> Float32Array:

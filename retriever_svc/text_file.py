@@ -6,7 +6,7 @@ a passage lies in one place: a cold one costs a page fault or two, a warm one mi
 passage table, which stays the record; a generation without them is read from the table.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +14,8 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
+from retriever_svc.checkpoint import GrowingFile
+from retriever_svc.generation import FileRecord
 from retriever_svc.metadata import to_wire
 from shared.documents import metadata_column, passage_columns
 from shared.errors import InvalidRequest, StartupError
@@ -35,13 +37,19 @@ def offsets_bytes(count: int, *, metadata: bool = False) -> int:
 class TextWriter:
     """Writes both files into ``folder``, batch by batch, in row order."""
 
-    def __init__(self, folder: Path, metadata: Sequence[str]) -> None:
-        """``metadata``: names of the metadata columns."""
+    def __init__(
+        self, folder: Path, metadata: Sequence[str], grow: Callable[[Path], GrowingFile] = GrowingFile
+    ) -> None:
+        """``metadata``: names of the metadata columns. ``grow`` opens a file, which may hold the rows before."""
         self._metadata = list(metadata)
-        self._texts = (folder / TEXTS).open("wb")
-        self._offsets = (folder / OFFSETS).open("wb")
-        self._end = 0
-        self._offsets.write(np.zeros(1, np.int64).tobytes())
+        self._texts, self._offsets = grow(folder / TEXTS), grow(folder / OFFSETS)
+        self._end = self._texts.size
+        if not self._offsets.size:
+            self._offsets.append(np.zeros(1, np.int64))
+
+    def records(self) -> dict[str, FileRecord]:
+        """Of both files, as far as they are written."""
+        return {TEXTS: self._texts.record(), OFFSETS: self._offsets.record()}
 
     def add(self, batch: pa.RecordBatch) -> None:
         """``batch``: of the passage table's schema."""
@@ -55,8 +63,8 @@ class TextWriter:
         _, offsets, texts = together.buffers()
         starts = np.frombuffer(offsets, np.int64, len(together) + 1)
         if texts is not None:
-            self._texts.write(memoryview(texts)[starts[0] : starts[-1]])
-        (self._end + starts[1:] - starts[0]).tofile(self._offsets)
+            self._texts.append(memoryview(texts)[starts[0] : starts[-1]])
+        self._offsets.append(self._end + starts[1:] - starts[0])
         self._end += int(starts[-1] - starts[0])
 
     def __enter__(self) -> Self:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import structlog
 
 from retriever_svc import generation as gen
-from retriever_svc.build import TEMPORARY
 from retriever_svc.catalog import Catalog, InWorker
 from retriever_svc.changes import Change, ChangeLog, Delete, remove_until
+from retriever_svc.checkpoint import TEMPORARY
 from retriever_svc.collection import Collection
 from retriever_svc.upserts import Draft
 from shared.errors import Conflict, InferenceError, InvalidRequest, NotFound, RagError, Unavailable

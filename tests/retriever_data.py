@@ -11,6 +11,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from retriever_svc.checkpoint import Checkpoint, Work
+from retriever_svc.index import EMBEDDINGS, FLAT, INDEX, Recipe, build_index, recipe
+from retriever_svc.index.vectors import VectorsFile
 from retriever_svc.source import Source, from_stream
 
 ENCODER = "sha256-0123456789abcdef"
@@ -52,6 +55,23 @@ def text(passage_id: int) -> str:
 def source_of(table: pa.Table, batch_rows: int = 7) -> Source:
     """The table as a stream of small batches."""
     return from_stream(pa.RecordBatchReader.from_batches(table.schema, table.to_batches(max_chunksize=batch_rows)))
+
+
+def write_index(
+    folder: Path, embeddings_ND: npt.NDArray[np.floating], kind: str = "flat", dtype: str = "float32"
+) -> Recipe:
+    """The index of a generation in `folder`, with a file of the embeddings beside it unless it is flat."""
+    count, dimension = embeddings_ND.shape
+    settled = recipe(kind, dimension, count)
+    embeddings_ND.astype(dtype).tofile(folder / EMBEDDINGS)
+    (folder / "work").mkdir()
+    work = Work(folder / "work", Checkpoint(), {})
+    build_index(work, VectorsFile(folder / EMBEDDINGS, dimension, dtype), settled)
+    (work.generation / INDEX).rename(folder / INDEX)
+    work.remove()
+    if kind == FLAT:
+        (folder / EMBEDDINGS).unlink()
+    return settled
 
 
 def write_seed(path: Path, n: int = 50, dimension: int = 8, *, dtype: str = "float16", seed: int = 0) -> Path:

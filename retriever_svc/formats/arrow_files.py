@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retriever_svc.formats.passages import PASSAGE_SCHEMA, UniqueIds, check_not_negative, parse_id, refusal
-from retriever_svc.source import BATCH_ROWS
+from retriever_svc.source import BATCH_ROWS, parquet_file
 from shared.retrieval import Int64Array
 
 PARQUET, ARROW = ".parquet", ".arrow"
@@ -218,7 +218,7 @@ def _describe(path: Path) -> tuple[pa.Schema, int]:
 
 def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     if path.suffix == PARQUET:
-        with pq.ParquetFile(path) as file:
+        with parquet_file(path) as file:
             yield from file.iter_batches(BATCH_ROWS, columns=list(columns))
         return
     with pa.memory_map(str(path)) as mapped:

@@ -25,7 +25,7 @@ from retriever_svc.formats.faiss_file import L2, FaissHeader, StoredVectors, che
 from retriever_svc.formats.passages import Rereadable, UniqueIds, refusal, shown
 from retriever_svc.formats.unpickle import safe_load
 from retriever_svc.formats.vectors import STORED_AS, check_vectors, fixed_size, source_schema, with_embeddings
-from retriever_svc.source import BATCH_ROWS, Source
+from retriever_svc.source import BATCH_ROWS, Source, files_identity
 from shared.retrieval import Float32Array, Int64Array
 
 INDEX, META = "index.dpr", "index_meta.dpr"
@@ -84,7 +84,14 @@ def read_dpr(files: DprFiles, encoder: str, *, quantized: bool = False, id_prefi
         says = f"has {embeddings.header.count} vectors, {files.passages.name} has {len(passages)} passages"
         raise refusal(embeddings.header.path, says, "index")
     batches = Rereadable(lambda: _join(passages, embeddings))
-    source = Source(source_schema(embeddings.kind, embeddings.dimension), batches, encoder, len(passages))
+    read = (files.passages, *(files.shards or [path for path in (files.index, files.meta) if path is not None]))
+    source = Source(
+        source_schema(embeddings.kind, embeddings.dimension),
+        batches,
+        encoder,
+        len(passages),
+        identity=f"{files_identity(*read)} {id_prefix} {quantized}",
+    )
     served = isinstance(embeddings, _Index) and embeddings.header.metric != L2
     return Imported(source, embeddings.header if isinstance(embeddings, _Index) and served else None)
 

@@ -23,7 +23,7 @@ from retriever_svc.formats.vectors import (
     with_embeddings,
 )
 from retriever_svc.generation import file_sha256
-from retriever_svc.source import Source
+from retriever_svc.source import Source, files_identity
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,10 @@ def read_embedded(path: Path, encoder: str, index_path: Path | None = None) -> I
         batches = Rereadable(lambda: _reconstructed_batches(table, stored))
     passage_columns(table)
     sha256 = file_sha256(path) if path.is_file() else None
-    return Imported(Source(source_schema(kind, dimension), batches, encoder, table.count, sha256), index)
+    taken_from_index = [] if EMBEDDINGS in table.schema.names or index_path is None else [index_path]
+    identity = files_identity(*table.paths, *taken_from_index)
+    schema = source_schema(kind, dimension)
+    return Imported(Source(schema, batches, encoder, table.count, sha256, identity=identity), index)
 
 
 def _open(path: Path) -> ShardedTable:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from retriever_svc.formats.passages import Passages, Rereadable, refusal
 from retriever_svc.formats.texts import read_passages
 from retriever_svc.formats.vectors import STORED_AS, check_vectors, fixed_size, source_schema, with_embeddings
-from retriever_svc.source import Source
+from retriever_svc.source import Source, files_identity, files_in
 
 
 def read_npy(vectors: Path, passages: Path, encoder: str) -> Source:
@@ -31,7 +31,9 @@ def read_npy(vectors: Path, passages: Path, encoder: str) -> Source:
     if texts.count is not None:
         _check_count(vectors, len(vectors_ND), passages, texts.count)
     schema = source_schema(STORED_AS[pa.from_numpy_dtype(vectors_ND.dtype)], vectors_ND.shape[1])
-    return Source(schema, Rereadable(lambda: _join(vectors, vectors_ND, passages, texts)), encoder, len(vectors_ND))
+    joined = Rereadable(lambda: _join(vectors, vectors_ND, passages, texts))
+    identity = files_identity(vectors, *files_in(passages))
+    return Source(schema, joined, encoder, len(vectors_ND), identity=identity)
 
 
 def _join(

@@ -1,6 +1,6 @@
 """The faiss index of a generation: its kinds, how it is built, and how it is searched."""
 
-from retriever_svc.index.building import EMBEDDINGS, INDEX, IndexBuilder
+from retriever_svc.index.building import EMBEDDINGS, INDEX, build_index, take_index
 from retriever_svc.index.faiss_index import CUDA_MAX_HITS, Device, GpuStorage, Index, use_threads
 from retriever_svc.index.kinds import FLAT, PRESETS, Recipe, merged, recipe
 
@@ -13,9 +13,10 @@ __all__ = [
     "Device",
     "GpuStorage",
     "Index",
-    "IndexBuilder",
     "Recipe",
+    "build_index",
     "merged",
     "recipe",
+    "take_index",
     "use_threads",
 ]

@@ -1,118 +1,228 @@
-"""Builds an index file: embeddings come as a stream, memory stays bounded by the index itself.
+"""Builds an index file from stored embeddings, in memory that does not grow with them beyond the index itself.
 
-``flat`` keeps the embeddings in its own file. Every other kind writes them to a file beside it first; then it trains on
-a sample of that file and adds it piece by piece.
+Kinds whose file is a row of codes (flat, flat-fp16, sq8) are written piece by piece and never held. The others are
+trained on a sample, grow in memory, and are saved on the way, so that a build goes on after a kill.
 """
 
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+import struct
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
-import numpy.typing as npt
 
-from retriever_svc.index.kinds import FLAT, HNSW_CONSTRUCTION, Recipe, checked, core_of, empty_index, reason_of, recipe
-from retriever_svc.index.vectors import MappedVectors
+from retriever_svc.checkpoint import GENERATION, Progress, Work
+from retriever_svc.generation import describe_files
+from retriever_svc.index.cagra import CAGRA, build_cagra
+from retriever_svc.index.kinds import HNSW_CONSTRUCTION, Recipe, checked, core_of, empty_index, reason_of
+from retriever_svc.index.vectors import VectorSource
 from shared.errors import InvalidRequest
 from shared.retrieval import Float32Array
-from shared.schemas import SearchParams
 
 INDEX = "index.faiss"
 EMBEDDINGS = "embeddings.bin"
+INDEXING, TRAINING = "indexing", "training"
 
 ADD_ROWS = 16_384
 SAMPLE_A_LIST = 64  # faiss asks for 39 at least, and uses 256 at most
+SAMPLE_A_CODE = 64  # of a code book: its 256 are learnt four times as fast as from faiss's own 256
 LEAST_SAMPLE = 256  # codes of 8 bits have so many centroids
 LARGEST_SAMPLE = 2**18
 
+SAVE_EVERY_S = 30.0
+SAVING_SHARE = 0.05  # of the time, at most
+SAVED_BYTES_PER_S = 200e6  # until it was measured
 
-class IndexBuilder:
-    """Collects the embeddings of one generation in ``folder``, in row order."""
+TRAINED = "trained.faiss"
+FINISHED = f"{GENERATION}/{INDEX}"
 
-    def __init__(self, folder: Path, dimension: int, dtype: str, kind: str = FLAT, *, keep: bool = False) -> None:
-        """``dtype``: float16 or float32, of the embeddings' own file; ``flat`` needs none, unless ``keep`` says so.
+_FAISS: Any = faiss  # its type stubs lack this
 
-        Raises: InvalidRequest: no such kind.
-        """
-        recipe(kind, dimension, 1)
-        self._folder, self._dimension, self._dtype, self._kind = folder, dimension, dtype, kind
-        self._flat: Any = faiss.IndexFlatIP(dimension) if kind == FLAT and not keep else None
-        self._file = None if self._flat is not None else (folder / EMBEDDINGS).open("wb")
 
-    def add(self, embeddings_BD: npt.NDArray[np.floating]) -> None:
-        if self._flat is not None:
-            self._flat.add(np.ascontiguousarray(embeddings_BD, dtype=np.float32))
-        elif self._file is not None:
-            np.ascontiguousarray(embeddings_BD, dtype=self._dtype).tofile(self._file)
+def build_index(work: Work, vectors: VectorSource, settled: Recipe, progress: Progress | None = None) -> None:
+    """Bring the index of ``work`` to its end, from where an earlier run left it."""
+    if work.state.added == len(vectors):
+        return
+    _Building(work, vectors, progress or (lambda *_: None)).run(settled)
 
-    def write(
-        self,
-        params: SearchParams | None = None,
-        progress: Callable[[int, int | None], None] | None = None,
-        taken: Path | None = None,
-    ) -> Recipe:
-        """Write the index file; says what it is and how widely it is to be searched.
 
-        ``taken`` is an index over the same rows, which is copied instead of built.
+def take_index(work: Work, path: Path, count: int, dimension: int) -> str:
+    """Serve an index of others over the same rows; says what it is.
 
-        Raises: InvalidRequest: it cannot serve, or has other rows.
-        """
-        if self._file is None:
-            faiss.write_index(self._flat, str(self._folder / INDEX))
-            return recipe(FLAT, self._dimension, 0, params)
-        self._file.close()
-        vectors = MappedVectors(self._folder / EMBEDDINGS, self._dimension, self._dtype)
-        settled = recipe(self._kind, self._dimension, len(vectors), params)
-        if taken is not None:
-            return replace(settled, factory=self._take(taken, len(vectors)))
-        index = trained(settled.factory, vectors)
-        for start in range(0, len(vectors), ADD_ROWS):
-            index.add(vectors[slice(start, start + ADD_ROWS)])
-            if progress is not None:
-                progress(min(len(vectors), start + ADD_ROWS), len(vectors))
-        faiss.write_index(index, str(self._folder / INDEX))
-        return settled
+    Raises: InvalidRequest: it cannot serve, or has other rows.
+    """
+    target = work.path / FINISHED
+    if not work.state.added:
+        shutil.copyfile(path, target)
+    try:
+        index = checked(faiss.read_index(str(target), faiss.IO_FLAG_MMAP_IFC), str(path))
+    except RuntimeError as error:
+        raise InvalidRequest(f"{path} cannot be read by this faiss: {reason_of(error)}", param="index") from None
+    if (index.ntotal, index.d) != (count, dimension):
+        raise InvalidRequest(
+            f"{path} holds {index.ntotal} x {index.d}, the source {count} x {dimension}", param="index"
+        )
+    work.save(describe_files(work.path, [FINISHED]), added=count)
+    return f"{type(core_of(index)).__name__} as it was"
 
-    def _take(self, path: Path, count: int) -> str:
-        shutil.copyfile(path, self._folder / INDEX)
+
+@dataclass
+class Pace:
+    """When to save: now and then, and so seldom that it takes a small share of the time."""
+
+    last: float
+    cost_s: float | None = None
+
+    def due(self, expected_bytes: float) -> bool:
+        """``expected_bytes``: what a save writes at most, for the first one's sake."""
+        cost_s = expected_bytes / SAVED_BYTES_PER_S if self.cost_s is None else self.cost_s
+        return time.monotonic() - self.last >= max(SAVE_EVERY_S, cost_s / SAVING_SHARE)
+
+    def saved(self, began: float) -> None:
+        self.last = time.monotonic()
+        self.cost_s = self.last - began
+
+
+class _Building:
+    def __init__(self, work: Work, vectors: VectorSource, progress: Progress) -> None:
+        self._work, self._vectors, self._progress = work, vectors, progress
+        self._count = len(vectors)
+        self._pace = Pace(time.monotonic())
+
+    def run(self, settled: Recipe) -> None:
+        saved = _saved_name(self._work.state.added) if self._work.state.added else None
+        if settled.kind == CAGRA:  # whole or not at all: the graph is built in one step on the GPU
+            self._progress(INDEXING, 0, self._count)
+            self._save(build_cagra(self._vectors, ADD_ROWS), self._count)
+            self._progress(INDEXING, self._count, self._count)
+            return
+        if saved is not None and saved in self._work.state.files:
+            index = faiss.read_index(str(self._work.path / saved))
+        else:
+            index = self._trained(settled)
+        if isinstance(index, faiss.IndexFlat | faiss.IndexScalarQuantizer):
+            self._write_codes(index)
+        else:
+            self._grow(index)
+
+    def _trained(self, settled: Recipe) -> Any:
+        if self._work.state.trained:
+            return faiss.read_index(str(self._work.path / TRAINED))
+        index = empty_index(settled.factory, self._vectors.dimension)
+        rows = sample_size(index, self._count)
+        if rows:
+            self._progress(TRAINING, 0, rows)
+        train(index, self._vectors)
+        faiss.write_index(index, str(self._work.path / TRAINED))
+        self._work.save(describe_files(self._work.path, [TRAINED]), trained=True)
+        if rows:
+            self._progress(TRAINING, rows, rows)
+        return index
+
+    def _write_codes(self, index: Any) -> None:
+        """The file that faiss writes of such an index: what it knows, the number of codes, and the codes."""
+        added = self._work.state.added
+        file = self._work.grow(self._work.path / FINISHED)
         try:
-            index = checked(faiss.read_index(str(self._folder / INDEX), faiss.IO_FLAG_MMAP_IFC), str(path))
-        except RuntimeError as error:
-            raise InvalidRequest(f"{path} cannot be read by this faiss: {reason_of(error)}", param="index") from None
-        if (index.ntotal, index.d) != (count, self._dimension):
-            raise InvalidRequest(
-                f"{path} holds {index.ntotal} x {index.d}, the source {count} x {self._dimension}", param="index"
-            )
-        return f"{type(core_of(index)).__name__} as it was"
+            if not added:
+                file.append(_header(index, self._count))
+            self._progress(INDEXING, added, self._count)
+            for piece_BD in self._vectors.pieces(added, ADD_ROWS):
+                file.append(index.sa_encode(np.ascontiguousarray(piece_BD)))
+                added += len(piece_BD)
+                if added == self._count or self._pace.due(ADD_ROWS * index.code_size):
+                    began = time.monotonic()
+                    dropped = [TRAINED] if added == self._count else []
+                    self._work.save({FINISHED: file.record()}, dropped, added=added)
+                    self._pace.saved(began)
+                self._progress(INDEXING, added, self._count)
+        finally:
+            file.close()
+
+    def _grow(self, index: Any) -> None:
+        core: Any = core_of(index)
+        hnsw: Any = core.hnsw if isinstance(core, faiss.IndexHNSW) else None
+        _reserve(core, self._count)
+        added = int(index.ntotal)
+        self._progress(INDEXING, added, self._count)
+        for piece_BD in self._vectors.pieces(added, ADD_ROWS):
+            if hnsw is not None:
+                # Of its own for each piece: the state is not saved, and a build that goes on must draw the same levels.
+                hnsw.rng = _FAISS.RandomGenerator(added)
+            index.add(np.ascontiguousarray(piece_BD))
+            added += len(piece_BD)
+            if added == self._count or self._pace.due(added * 4.0 * index.d):
+                self._save(index, added)
+            self._progress(INDEXING, added, self._count)
+
+    def _save(self, index: Any, added: int) -> None:
+        began = time.monotonic()
+        before = _saved_name(self._work.state.added)
+        name = FINISHED if added == self._count else _saved_name(added)
+        faiss.write_index(index, str(self._work.path / name))
+        self._work.save(describe_files(self._work.path, [name]), [before, TRAINED], added=added)
+        self._pace.saved(began)
 
 
-def trained(factory: str, vectors: MappedVectors) -> Any:
-    """An empty index that knows the vectors' distribution."""
-    index = empty_index(factory, vectors.dimension)
-    _set_construction(index)
-    index.train(_sample(vectors, index))
-    return index
+def _saved_name(added: int) -> str:
+    return f"{INDEX}.{added}"
 
 
-def _set_construction(index: Any) -> None:
-    core = core_of(index)
-    if isinstance(core, faiss.IndexHNSW):
+def _header(index: Any, count: int) -> bytes:
+    """What precedes the codes in a file of an index that holds nothing else.
+
+    Source: faiss/impl/index_write.cpp: four letters, d as int32, ntotal as int64, …, the codes as a vector.
+    """
+    empty: bytes = faiss.serialize_index(index).tobytes()
+    numbers = count * (index.d if isinstance(index, faiss.IndexFlat) else index.code_size)
+    return empty[:8] + struct.pack("<q", count) + empty[16:-8] + struct.pack("<Q", numbers)
+
+
+def _reserve(core: Any, count: int) -> None:
+    """Memory for so many vectors at once: what doubles as it grows takes up to three times as much on the way."""
+    if not isinstance(core, faiss.IndexHNSW):
+        return
+    storage: Any = faiss.downcast_index(core.storage)
+    hnsw: Any = core.hnsw
+    links, level_0 = hnsw.neighbors, hnsw.nb_neighbors(0)
+    for vector, wanted in ((storage.codes, count * storage.code_size), (links, int(count * level_0 * 1.02))):
+        size = vector.size()
+        if wanted > size:
+            vector.resize(wanted)
+            vector.resize(size)  # which keeps the memory
+
+
+def train(index: Any, vectors: VectorSource) -> None:
+    """Let an empty index know how the vectors are distributed."""
+    if isinstance(core := core_of(index), faiss.IndexHNSW):
         core.hnsw.efConstruction = HNSW_CONSTRUCTION
     if isinstance(core, faiss.IndexIVF):
         core.cp.min_points_per_centroid = 1  # a collection that is small is no mistake
     if isinstance(core, faiss.IndexIVFPQ):
         core.pq.cp.min_points_per_centroid = 1
+        core.pq.cp.max_points_per_centroid = SAMPLE_A_CODE
+    if not index.is_trained:
+        index.train(_sample(vectors, index))
 
 
-def _sample(vectors: MappedVectors, index: Any) -> Float32Array:
+def sample_size(index: Any, count: int) -> int:
+    """Rows that the index is trained on; 0 where it learns nothing."""
+    if index.is_trained:
+        return 0
+    return min(count, LARGEST_SAMPLE, max(LEAST_SAMPLE, SAMPLE_A_LIST * _lists(index)))
+
+
+def _sample(vectors: VectorSource, index: Any) -> Float32Array:
     """Vectors to train on: spread evenly over all, repeated where there are fewer than centroids."""
+    rows = np.unique(np.linspace(0, len(vectors) - 1, sample_size(index, len(vectors))).astype(np.int64))
+    sample_SD = vectors.take(rows)
+    repeats = -(-max(_lists(index), LEAST_SAMPLE) // len(sample_SD))
+    return sample_SD if repeats == 1 else np.tile(sample_SD, (repeats, 1))
+
+
+def _lists(index: Any) -> int:
     core = core_of(index)
-    lists = core.nlist if isinstance(core, faiss.IndexIVF) else 1
-    wanted = min(LARGEST_SAMPLE, max(LEAST_SAMPLE, SAMPLE_A_LIST * lists))
-    rows = np.unique(np.linspace(0, len(vectors) - 1, min(wanted, len(vectors))).astype(np.int64))
-    sample_SD = vectors[rows]
-    repeats = -(-max(lists, LEAST_SAMPLE) // len(sample_SD))
-    return np.ascontiguousarray(np.tile(sample_SD, (repeats, 1)))
+    return core.nlist if isinstance(core, faiss.IndexIVF) else 1

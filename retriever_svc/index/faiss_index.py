@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
+from retriever_svc.index import cagra
 from retriever_svc.index.building import EMBEDDINGS, INDEX
 from retriever_svc.index.huge_pages import to_huge_pages
 from retriever_svc.index.kinds import checked, core_of, reason_of
@@ -24,6 +25,7 @@ from shared.schemas import SearchParams
 Device = Literal["auto", "cpu", "cuda"]
 GpuStorage = Literal["float32", "float16"]
 _PARAMETERS: Any = faiss  # its type stubs lack most of what a search can be told
+_CAGRA: Any = _PARAMETERS.IndexHNSWCagra
 BoolArray = npt.NDArray[np.bool_]
 
 HALF_MAX = float(np.finfo(np.float16).max)
@@ -135,7 +137,7 @@ class Index:
         self.device = f"cuda:0 ({storage})"
         self.exact = self.exact and not half
         self.selects = False
-        self.max_hits = min(self.count, CUDA_MAX_HITS)
+        self.max_hits = min(self.count, cagra.MAX_HITS if isinstance(self._core, _CAGRA) else CUDA_MAX_HITS)
 
     def check_params(self, params: SearchParams | None) -> None:
         """Raises: InvalidRequest: a setting that an index of this kind does not have."""
@@ -173,6 +175,8 @@ class Index:
             found = _PARAMETERS.SearchParametersIVF(nprobe=min(asked, most), **options)
         elif isinstance(self._core, faiss.IndexHNSW):
             asked = params.ef_search if params is not None and params.ef_search is not None else 1
+            if chosen is None and self.device != "cpu":
+                return cagra.search_parameters(asked, k)
             found = _PARAMETERS.SearchParametersHNSW(efSearch=max(asked, k), **options)
         elif options:
             found = _PARAMETERS.SearchParameters(**options)

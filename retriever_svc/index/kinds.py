@@ -14,6 +14,7 @@ from typing import Any
 
 import faiss
 
+from retriever_svc.index.cagra import CAGRA, FACTORY, check_available
 from shared.errors import InvalidRequest
 from shared.schemas import SearchParams
 
@@ -101,6 +102,11 @@ def recipe(kind: str, dimension: int, count: int, params: SearchParams | None = 
     Raises: InvalidRequest: no such preset, no string that faiss reads, or an index that cannot serve here.
     """
     preset = PRESETS.get(kind)
+    if kind == CAGRA:
+        check_available()
+        default = SearchParams(ef_search=128, over_fetch=4)
+        settled = Recipe(CAGRA, FACTORY, default)
+        return settled if params is None else replace(settled, params=merged(default, params))
     if preset is None:
         checked(empty_index(kind, dimension), f"kind {kind!r}")
         default = SearchParams(over_fetch=10)

@@ -15,10 +15,10 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from retriever_svc.index.building import EMBEDDINGS, LARGEST_SAMPLE, LEAST_SAMPLE, SAMPLE_A_LIST, trained
+from retriever_svc.index.building import EMBEDDINGS, LARGEST_SAMPLE, LEAST_SAMPLE, SAMPLE_A_LIST, train
 from retriever_svc.index.faiss_index import Index
-from retriever_svc.index.kinds import PRESETS, lists_of, recipe, subquantizers
-from retriever_svc.index.vectors import MappedVectors
+from retriever_svc.index.kinds import PRESETS, empty_index, lists_of, recipe, subquantizers
+from retriever_svc.index.vectors import MappedVectors, VectorsFile
 from retriever_svc.text_file import offsets_bytes
 from shared.retrieval import Float32Array
 
@@ -144,7 +144,8 @@ def _probe(kind: str, vectors_ND: Float32Array) -> Probed:
         vectors = MappedVectors(path, vectors_ND.shape[1], "float32")
         settled = recipe(kind, vectors.dimension, len(vectors))
         began = time.perf_counter()
-        host = trained(settled.factory, vectors)
+        host = empty_index(settled.factory, vectors.dimension)
+        train(host, VectorsFile(path, vectors.dimension, "float32"))
         train_s = time.perf_counter() - began
         add_s = _timed(lambda: host.add(vectors_ND))
         index = Index(host, vectors)

@@ -4,13 +4,59 @@ Row r is vector r of the index, in the storage type of the passage table, withou
 page fault each where they are cold, and nothing is loaded at start.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from shared.errors import StartupError
 from shared.retrieval import Float32Array, Int64Array
+
+
+class VectorSource(Protocol):
+    """(N, D) embeddings that an index is built from, without holding all of them."""
+
+    dimension: int
+
+    def __len__(self) -> int: ...
+
+    def pieces(self, start: int, rows: int) -> Iterator[Float32Array]:
+        """Rows from ``start`` on, ``rows`` at a time, the last piece aside: (rows, D)."""
+
+    def take(self, rows_K: Int64Array) -> Float32Array:
+        """(K, D) Chosen rows."""
+
+
+class VectorsFile:
+    """(N, D) embeddings in a file that is read and not mapped: mapped pages would count as this process's memory."""
+
+    def __init__(self, path: Path, dimension: int, dtype: str) -> None:
+        self._path, self.dimension, self._dtype = path, dimension, np.dtype(dtype)
+        self._row_bytes = dimension * self._dtype.itemsize
+        self._count = path.stat().st_size // self._row_bytes
+
+    def __len__(self) -> int:
+        return self._count
+
+    def pieces(self, start: int, rows: int) -> Iterator[Float32Array]:
+        """Rows from ``start`` on, ``rows`` at a time, the last piece aside: (rows, D)."""
+        for first in range(start, self._count, rows):
+            wanted = min(rows, self._count - first) * self.dimension
+            flat = np.fromfile(self._path, self._dtype, wanted, offset=first * self._row_bytes)
+            yield flat.astype(np.float32, copy=False).reshape(-1, self.dimension)
+
+    def take(self, rows_K: Int64Array) -> Float32Array:
+        """(K, D) Chosen rows."""
+        found_KD = np.empty((len(rows_K), self.dimension), np.float32)
+        row_D = np.empty(self.dimension, self._dtype)
+        with self._path.open("rb", buffering=0) as file:
+            for i, row in enumerate(rows_K.tolist()):
+                file.seek(row * self._row_bytes)
+                file.readinto(row_D.data)
+                found_KD[i] = row_D
+        return found_KD
 
 
 class MappedVectors:

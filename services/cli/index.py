@@ -18,7 +18,9 @@ app = typer.Typer(
 
 Name = Annotated[str, typer.Option("--name", help="The collection: made where it is missing, renewed otherwise.")]
 DataDir = Annotated[Path, typer.Option("--data-dir", envvar="RETRIEVER_DATA_DIR", help="The retriever's data folder.")]
-Kind = Annotated[str, typer.Option(help="flat, flat-fp16, sq8, hnsw, ivf-flat, ivf-pq, or a faiss factory string.")]
+Kind = Annotated[
+    str, typer.Option(help="flat, flat-fp16, sq8, hnsw, ivf-flat, ivf-pq, cagra, or faiss's factory string.")
+]
 Checkpoint = Annotated[
     str | None,
     typer.Option(help="RAG checkpoint whose question encoder belongs to the embeddings: its fingerprint is recorded."),
@@ -57,7 +59,8 @@ def build(
     """Build a collection from passages: embed them, store them, index them.
 
     A Parquet file with the columns `id`, `title`, `text`, `embedding` is taken as it is. Otherwise every passage is
-    embedded by `--encoder`, piece by piece: a run that was killed goes on where it was when called again.
+    embedded by `--encoder`, piece by piece. A run that was killed goes on where it was when called again: embedding,
+    storing and indexing.
 
     **Examples**
 
@@ -73,7 +76,7 @@ def build(
     from services.indexing.batches import corpus_of, has_embeddings
     from services.indexing.embed import embed_corpus
     from services.indexing.options import EncoderOptions
-    from services.indexing.progress import EmbeddingProgress
+    from services.indexing.progress import BuildProgress, EmbeddingProgress
     from services.indexing.source import shards_source
     from services.indexing.space import dimension_of
     from shared.errors import InvalidRequest
@@ -83,8 +86,8 @@ def build(
     if dtype not in ("float16", "float32"):
         raise InvalidRequest(f"dtype is {dtype!r}; float16 and float32 are taken", param="dtype")
     if has_embeddings(passages):
-        with _bar("indexing") as show:
-            made = build_collection(folder, from_parquet(passages, fingerprint), options=options, progress=show)
+        with BuildProgress() as board:
+            made = build_collection(folder, from_parquet(passages, fingerprint), options=options, progress=board.show)
     else:
         if encoder is None:
             raise InvalidRequest(f"{passages} holds no embeddings: name the passage encoder in --encoder")
@@ -92,17 +95,17 @@ def build(
         recipe(kind, dimension_of(encoder), 1)  # refuses a kind that cannot be, before hours of embedding
         work = folder / ".embedding"
         how = EncoderOptions(encoder, device=None if device == "auto" else device)
-        with EmbeddingProgress() as board:
+        with EmbeddingProgress() as embedding:
             embed_corpus(
                 corpus_of(passages, split),
                 how,
                 work,
                 workers=processes,
                 dtype="float16" if dtype == "float16" else "float32",
-                progress=board.show,
+                progress=embedding.show,
             )
-        with _bar("indexing") as show:
-            made = build_collection(folder, shards_source(work, space), options=options, progress=show)
+        with BuildProgress() as board:
+            made = build_collection(folder, shards_source(work, space), options=options, progress=board.show)
         shutil.rmtree(work)
     _report(folder, made)
 
@@ -127,7 +130,7 @@ def import_(
 
     A data set that `datasets` saved (transformers' `index_name="custom"`), wiki_dpr's Parquet or Arrow files, the
     original DPR's `.index.dpr`, `.index_meta.dpr`, `.pkl` and `psgs_w100` files, or a `.npy` beside `--passages`.
-    Pickles are read without running anything that they name.
+    Pickles are read without running anything that they name. A run that was killed goes on when called again.
 
     **Example**
 
@@ -138,6 +141,7 @@ def import_(
     from retriever_svc.formats.dpr import find_dpr_files, read_dpr
     from retriever_svc.formats.embedded import Imported, read_embedded
     from retriever_svc.formats.npy import read_npy
+    from services.indexing.progress import BuildProgress
 
     folder = _collection(data_dir, name)
     space = fingerprint or _space_of(checkpoint)
@@ -150,8 +154,8 @@ def import_(
     else:
         imported = read_embedded(path, space, index)
     options = _options(kind, search_params, imported.faiss_file)
-    with _bar("indexing") as show:
-        made = build_collection(folder, imported.source, options=options, progress=show)
+    with BuildProgress() as board:
+        made = build_collection(folder, imported.source, options=options, progress=board.show)
     _report(folder, made)
 
 

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 
 from retriever_svc.formats.split import split_words
 from retriever_svc.formats.texts import read_passages
-from retriever_svc.source import from_parquet
-from services.indexing.corpus import Corpus, files_identity
+from retriever_svc.source import files_identity, files_in, from_parquet
+from services.indexing.corpus import Corpus
 from services.indexing.options import EncoderOptions
 from shared.arrow import vector_array
 from shared.errors import InvalidRequest
@@ -31,8 +31,7 @@ def corpus_of(path: Path, words: int | None = None) -> Corpus:
     Raises: InvalidRequest: it is of no form that is read.
     """
     passages = read_passages(path).batches
-    files = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
-    whole = f"{files_identity(*files)} whole"
+    whole = f"{files_identity(*files_in(path))} whole"
     if words is None:
         return Corpus(lambda: passages, whole)
     return Corpus(lambda: split_words(passages, words), whole.replace("whole", f"split into {words} words"))

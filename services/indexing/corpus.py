@@ -1,16 +1,13 @@
 """The passages to embed: a stream of record batches that can be opened again from its start."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from retriever_svc.generation import file_sha256
-from retriever_svc.source import first_repeated
+from retriever_svc.source import files_identity, first_repeated, parquet_file
 from services.indexing.plan import Plan
 from services.indexing.shards import PASSAGE_SCHEMA
 from shared.errors import InvalidRequest
@@ -72,25 +69,11 @@ def parquet_corpus(*paths: Path) -> Corpus:
 
     def batches() -> Iterator[pa.RecordBatch]:
         for path in paths:
-            with pq.ParquetFile(path) as file:
+            with parquet_file(path) as file:
                 columns = [name for name in PASSAGE_SCHEMA.names if name in file.schema_arrow.names]
                 yield from file.iter_batches(BATCH_ROWS, columns=columns)
 
     return Corpus(batches, files_identity(*paths))
-
-
-def files_identity(*paths: Path) -> str:
-    """Digest of the files' contents, in this order: ``sha256-`` and 16 hex digits.
-
-    Raises: InvalidRequest: a file cannot be read.
-    """
-    digest = hashlib.sha256()
-    for path in paths:
-        try:
-            digest.update(f"{path.stat().st_size}:{file_sha256(path)}\n".encode())
-        except OSError as error:
-            raise InvalidRequest(f"{path} cannot be read: {error.strerror}", param="corpus") from error
-    return f"sha256-{digest.hexdigest()[:16]}"
 
 
 def passages_of(corpus: Corpus, plan: Plan, shards: list[int]) -> Iterator[tuple[int, pa.RecordBatch]]:

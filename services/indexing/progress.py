@@ -1,4 +1,4 @@
-"""Progress of an embedding run: a bar on a terminal, a line now and then in a log."""
+"""Progress of embedding and of building: a bar on a terminal, a line now and then in a log."""
 
 import time
 from datetime import timedelta
@@ -59,3 +59,42 @@ class EmbeddingProgress:
             self.console.print(
                 f"{done:,} of {count:,} passages  {rate:,.0f} passages/s  remaining {remaining}", highlight=False
             )
+
+
+class BuildProgress:
+    """A bar for each stage of a build; its :meth:`show` is a `retriever_svc.checkpoint.Progress`."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._logged_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def show(self, stage: str, done: int, count: int | None) -> None:
+        """Show that `done` of `count` are through `stage`."""
+        began = stage not in self._tasks
+        if began:
+            self._tasks[stage] = self._bars.add_task(stage, total=count, completed=done)
+            if done and done != count:
+                self.console.print(f"{stage} goes on at {done:,}", highlight=False)
+        self._bars.update(self._tasks[stage], completed=done, total=count)
+        now = time.monotonic()
+        if not self.console.is_terminal and (began or done == count or now - self._logged_at >= LOG_EVERY_S):
+            self._logged_at = now
+            self.console.print(f"{stage}: {done:,}" + (f" of {count:,}" if count else ""), highlight=False)

@@ -34,6 +34,7 @@ def shards_source(folder: Path, encoder_fingerprint: str, *, attribution: str | 
         encoder=encoder_fingerprint,
         count=plan.count,
         attribution=attribution,
+        identity=plan.digest,
     )
 
 

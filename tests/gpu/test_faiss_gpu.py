@@ -20,11 +20,11 @@ import pytest
 from retriever_svc import ranking
 from retriever_svc.app import create_app
 from retriever_svc.build import build_collection
-from retriever_svc.index import CUDA_MAX_HITS, PRESETS, GpuStorage, Index, IndexBuilder
+from retriever_svc.index import CUDA_MAX_HITS, PRESETS, GpuStorage, Index
 from retriever_svc.ranking import Ranked, Segment
 from retriever_svc.settings import RetrieverSettings
 from shared.errors import StartupError
-from tests.retriever_data import passage_table, random_embeddings, source_of, tied_embeddings
+from tests.retriever_data import passage_table, random_embeddings, source_of, tied_embeddings, write_index
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,9 +40,7 @@ def both(
     embeddings_ND: np.ndarray, folder: Path, storage: GpuStorage = "float32", kind: str = "flat"
 ) -> tuple[Index, Index]:
     """One index file, read for the CPU and for the GPU."""
-    builder = IndexBuilder(folder, embeddings_ND.shape[1], "float32", kind)
-    builder.add(embeddings_ND)
-    builder.write()
+    write_index(folder, embeddings_ND, kind)
     return Index.read(folder, device="cpu"), Index.read(folder, device="cuda", gpu_storage=storage)
 
 

@@ -8,21 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retriever_svc import ranking
-from retriever_svc.index import PRESETS, Index, IndexBuilder, merged, recipe
+from retriever_svc.index import PRESETS, Index, merged, recipe
 from retriever_svc.ranking import Ranked, Segment, inner_products
 from shared.errors import InvalidRequest
 from shared.schemas import SearchParams
-from tests.retriever_data import random_embeddings, tied_embeddings
+from tests.retriever_data import random_embeddings, tied_embeddings, write_index
 
 FACTORIES = ["Flat", "SQ4", "HNSW8", "IVF4,SQ8", "IVF8,PQ2x4", "OPQ2,IVF4,PQ2x4", "PCA4,Flat", "IVF4_HNSW8,Flat"]
 KINDS = [*PRESETS, *FACTORIES]
 
 
 def built(folder: Path, embeddings_ND: np.ndarray, kind: str, dtype: str = "float32") -> tuple[Index, SearchParams]:
-    builder = IndexBuilder(folder, embeddings_ND.shape[1], dtype, kind)
-    for part in np.array_split(embeddings_ND, 3):
-        builder.add(part)
-    settled = builder.write()
+    settled = write_index(folder, embeddings_ND, kind, dtype)
     return Index.read(folder, dtype=dtype, device="cpu"), settled.params
 
 

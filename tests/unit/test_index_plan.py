@@ -5,17 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retriever_svc.index import INDEX, PRESETS, IndexBuilder
+from retriever_svc.index import INDEX, PRESETS
 from retriever_svc.index.plan import Need, choose, index_bytes, looked_through, needs
-from tests.retriever_data import random_embeddings
+from tests.retriever_data import random_embeddings, write_index
 
 
 @pytest.mark.parametrize("kind", PRESETS)
 @pytest.mark.parametrize(("count", "dimension"), [(3000, 96), (6000, 48)])
 def test_an_index_is_as_large_as_planned(kind: str, count: int, dimension: int, tmp_path: Path) -> None:
-    builder = IndexBuilder(tmp_path, dimension, "float16", kind)
-    builder.add(random_embeddings(count, dimension))
-    builder.write()
+    write_index(tmp_path, random_embeddings(count, dimension), kind, "float16")
     assert (tmp_path / INDEX).stat().st_size == pytest.approx(index_bytes(kind, count, dimension), rel=0.05)
 
 

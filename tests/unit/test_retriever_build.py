@@ -67,10 +67,11 @@ def test_rows_are_taken_in_one_go_with_repeats_and_in_any_order(folder: Path) ->
 
 
 def test_progress_tells_the_rows_taken(tmp_path: Path) -> None:
-    seen: list[tuple[int, int | None]] = []
+    seen: list[tuple[str, int, int | None]] = []
     source = source_of(passage_table(random_embeddings(30, 8)), batch_rows=12)
-    build_collection(tmp_path / "mine", source, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(12, None), (24, None), (30, None)]
+    build_collection(tmp_path / "mine", source, progress=lambda *at: seen.append(at))
+    assert seen[:4] == [("storing", rows, None) for rows in (0, 12, 24, 30)]
+    assert seen[4:] == [("indexing", 0, 30), ("indexing", 30, 30)]
 
 
 def test_a_second_build_takes_over_and_leaves_the_first_in_place(folder: Path) -> None:
@@ -102,7 +103,7 @@ def test_a_refused_source_leaves_nothing_behind(tmp_path: Path, table: Any, says
 def test_a_build_that_fails_leaves_the_old_generation_serving(folder: Path) -> None:
     before = generations(folder)
 
-    def full_disk(done: int, total: int | None) -> None:
+    def full_disk(stage: str, done: int, total: int | None) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
@@ -117,7 +118,7 @@ from pathlib import Path
 from retriever_svc.build import build_collection
 from retriever_svc.source import from_parquet
 
-def hang(done, total):
+def hang(stage, done, total):
     print("half way", flush=True)
     time.sleep(60)
 
@@ -151,15 +152,12 @@ def test_builds_of_one_collection_take_turns(tmp_path: Path) -> None:
     running: list[int] = []
     most: list[int] = []
 
-    def watch(done: int, total: int | None) -> None:
-        most.append(len(running))
-
     def build(seed: int) -> None:
-        def enter(done: int, total: int | None) -> None:
+        def enter(stage: str, done: int, total: int | None) -> None:
             if seed not in running:
                 running.append(seed)
-            watch(done, total)
-            if done == 30:
+            most.append(len(running))
+            if (stage, done) == ("indexing", 30):
                 running.remove(seed)
 
         build_collection(

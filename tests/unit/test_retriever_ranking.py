@@ -9,17 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retriever_svc import ranking
-from retriever_svc.index import Index, IndexBuilder, use_threads
+from retriever_svc.index import Index, use_threads
 from retriever_svc.ranking import Ranked, Segment
 from shared.errors import StartupError
 from shared.schemas import SearchParams
-from tests.retriever_data import brute_force, random_embeddings, tied_embeddings
+from tests.retriever_data import brute_force, random_embeddings, tied_embeddings, write_index
 
 
 def index_of(embeddings_ND: np.ndarray, folder: Path, kind: str = "flat") -> Index:
-    builder = IndexBuilder(folder, embeddings_ND.shape[1], "float32", kind)
-    builder.add(embeddings_ND)
-    builder.write()
+    write_index(folder, embeddings_ND, kind)
     return Index.read(folder, device="cpu")
 
 
