@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test test-fast check lint docs demo-model bench bench-engine bench-serve bench-retriever bench-overload audit sbom parity crash swap gpu-check clean browser prometheus
+.PHONY: help setup setup-dev run test test-fast check lint docs demo-model bench bench-engine bench-serve bench-retriever bench-overload audit sbom parity crash swap gpu-check clean browser prometheus bench-build
 
 PYTHON ?= python3
 VENV   := .venv
@@ -70,6 +70,9 @@ audit: setup-dev  ## look the installed runtime dependencies up among known vuln
 
 sbom: setup-dev  ## write a CycloneDX bill of materials of what the services run on to build/sbom.json
 	@$(BIN)/python -m services.supply sbom build/sbom.json
+
+bench-build: setup-dev  ## build a million passages, killed twice, and hold the plan to it (BENCH="--count 100000": minutes)
+	@$(BIN)/python -W ignore -m benchmarks.build $(BENCH)
 
 parity: setup-dev  ## compare token ids with transformers' on N random models, inputs and options (N=500)
 	@$(BIN)/python -W ignore -m tests.parity $(or $(N),500)

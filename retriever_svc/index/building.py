@@ -77,7 +77,7 @@ class Pace:
     cost_s: float | None = None
 
     def due(self, expected_bytes: float) -> bool:
-        """``expected_bytes``: what a save writes at most, for the first one's sake."""
+        """``expected_bytes``: what a save writes, for the first one's sake."""
         cost_s = expected_bytes / SAVED_BYTES_PER_S if self.cost_s is None else self.cost_s
         return time.monotonic() - self.last >= max(SAVE_EVERY_S, cost_s / SAVING_SHARE)
 
@@ -154,7 +154,7 @@ class _Building:
                 hnsw.rng = _FAISS.RandomGenerator(added)
             index.add(np.ascontiguousarray(piece_BD))
             added += len(piece_BD)
-            if added == self._count or self._pace.due(added * 4.0 * index.d):
+            if added == self._count or self._pace.due(added * _row_bytes(core)):
                 self._save(index, added)
             self._progress(INDEXING, added, self._count)
 
@@ -169,6 +169,16 @@ class _Building:
 
 def _saved_name(added: int) -> str:
     return f"{INDEX}.{added}"
+
+
+def _row_bytes(core: Any) -> float:
+    """Of a vector in a file of an index that grows."""
+    if isinstance(core, faiss.IndexIVF):
+        return float(core.code_size + 8)
+    if isinstance(core, faiss.IndexHNSW):
+        hnsw: Any = core.hnsw
+        return float(_row_bytes(faiss.downcast_index(core.storage)) + 4 * hnsw.nb_neighbors(0))
+    return float(core.sa_code_size())
 
 
 def _header(index: Any, count: int) -> bytes:

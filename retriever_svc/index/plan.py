@@ -1,42 +1,37 @@
-"""What each kind of index would need for so many passages: sizes by formula, times by a probe on this machine.
+"""What each kind of index would need for so many passages: sizes by formula, times from what this machine does.
 
-A probe builds each kind over a few thousand vectors and searches it, a few seconds for all. From there on costs grow as
-the algorithm's: a scan with the vectors, inverted lists with those they look through, a graph with the logarithm.
+Costs grow as the algorithms' do, from the figures of :mod:`retriever_svc.index.probe`:
+
+    build       = start + N rows stored + training + N rows added + the index written
+    training    = k-means' rounds over the sample, as matrix products; code books by the rows they learn from
+    adding      = a code written; or a list found and a vector put into it; or a search with many candidates, and links
+    a query     = a scan of all, or of the lists looked into; or the vectors that a graph visits; and the answer
+    visited(N)  of a graph is no more than N, and tends to a number that the probe's two sizes tell
 """
 
 import math
 import os
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import faiss
-import numpy as np
-
-from retriever_svc.index.building import EMBEDDINGS, LARGEST_SAMPLE, LEAST_SAMPLE, SAMPLE_A_LIST, train
-from retriever_svc.index.faiss_index import Index
-from retriever_svc.index.kinds import PRESETS, empty_index, lists_of, recipe, subquantizers
-from retriever_svc.index.vectors import MappedVectors, VectorsFile
+from retriever_svc.index.building import LARGEST_SAMPLE, LEAST_SAMPLE, SAMPLE_A_CODE, SAMPLE_A_LIST, SAVE_EVERY_S
+from retriever_svc.index.kinds import HNSW_CONSTRUCTION, PRESETS, lists_of, subquantizers
+from retriever_svc.index.probe import ROWS, Probe
 from retriever_svc.text_file import offsets_bytes
-from shared.retrieval import Float32Array
 
-PROBE = 4096
-CENTRE_OF = 40  # probe vectors a cluster
-QUERIES = 64
-KMEANS_ROUNDS = 25  # what faiss's clustering does
-MOST_FOR_CODES = 65_536  # vectors that faiss trains codes of 8 bits on
+KMEANS_ROUNDS = 10  # of faiss's inverted lists
+MOST_FOR_CODES = 256 * SAMPLE_A_CODE  # vectors that code books are learnt from
 PROCESS_BYTES = 300e6  # the service without a collection
 IDS_BYTES = 17  # id, its place in the order of ids, and whether it is alive
 GRAPH_LINKS = 128
 COARSE_LINKS = 32
+SATURATION = 3  # how sharply the vectors that a graph visits turn from all of them to a number
 ON_CUDA = {"flat", "flat-fp16", "sq8", "ivf-flat", "ivf-pq"}
 
 
 @dataclass(frozen=True)
 class Need:
-    """Of one kind. Bytes; seconds to build the index (embedding and storing passages come before); seconds a query."""
+    """Of one kind. Bytes; seconds to build (all but embedding the passages); seconds a query."""
 
     kind: str
     ram: float
@@ -63,59 +58,100 @@ def index_bytes(kind: str, count: int, dimension: int) -> float:
     }[kind]
 
 
-def looked_through(kind: str, count: int) -> float:
-    """Vectors that a query is compared with, centroids included."""
-    lists = lists_of(count)
-    if kind.startswith("ivf"):
-        probes = PRESETS[kind].params(count).nprobe or 1
-        return lists + count * min(1.0, probes / lists)
-    if kind == "hnsw":
-        return 128 * math.log2(max(2, count))
-    return count
+def visited(seen: float, rows: int, count: int) -> float:
+    """Vectors that a search in a graph of ``count`` visits, where it visited ``seen`` in one of ``rows``."""
+    share = min(0.999, seen / rows)
+    most = rows * (share**-SATURATION - 1) ** (-1 / SATURATION)
+    return float((count**-SATURATION + most**-SATURATION) ** (-1 / SATURATION))
 
 
-def _sample_of(count: int) -> int:
-    return min(count, LARGEST_SAMPLE, max(LEAST_SAMPLE, SAMPLE_A_LIST * lists_of(count)))
-
-
-def _build_s(kind: str, count: int, probed: "Probed", compare_s: float) -> float:
-    """Training and adding, each part as it grows."""
-    growth = count / PROBE
-    if not kind.startswith("ivf"):
-        levels = math.log2(max(2, count)) / math.log2(PROBE) if kind == "hnsw" else 1.0
-        return probed.train_s + probed.add_s * growth * levels
-    coarse = [KMEANS_ROUNDS * _sample_of(n) * lists_of(n) * compare_s for n in (PROBE, count)]
-    codes_s = max(0.0, probed.train_s - coarse[0]) * min(count, MOST_FOR_CODES) / PROBE if kind == "ivf-pq" else 0.0
-    if kind == "ivf-pq":  # a graph finds the list
-        return coarse[1] + codes_s + probed.add_s * growth * math.log2(lists_of(count)) / math.log2(lists_of(PROBE))
-    assigning = [n * lists_of(n) * compare_s for n in (PROBE, count)]
-    return coarse[1] + max(0.0, probed.add_s - assigning[0]) * growth + assigning[1]
-
-
-def needs(count: int, dimension: int, *, text_bytes: int = 620, itemsize: int = 2) -> Iterator[Need]:
+def needs(
+    count: int, dimension: int, *, text_bytes: int = 620, itemsize: int = 2, probe: Probe | None = None
+) -> Iterator[Need]:
     """What each preset needs for ``count`` passages of ``text_bytes``, measured as it goes.
 
-    ``itemsize``: bytes of a stored number, 2 for float16.
+    ``itemsize``: bytes of a stored number, 2 for float16. ``probe``: of the same, where it has been measured before.
     """
-    dice = np.random.default_rng(0)
-    centres = dice.standard_normal((PROBE // CENTRE_OF, dimension), np.float32)
-    noise = dice.standard_normal((PROBE, dimension), np.float32)
-    vectors: Float32Array = (centres[dice.integers(0, len(centres), PROBE)] + noise / 2).astype(np.float32)
-    compare_s = _comparison(vectors)
+    probe = probe or Probe(dimension, text_bytes, itemsize)
+    raw = count * dimension * itemsize
+    texts = count * text_bytes + offsets_bytes(count)
     for kind, preset in PRESETS.items():
-        probed = _probe(kind, vectors)
         size = index_bytes(kind, count, dimension)
-        raw = count * dimension * itemsize
+        own = 0 if kind == "flat" else raw
+        costs = _Costs(probe, kind, count, dimension)
         yield Need(
             kind,
             ram=size + count * IDS_BYTES + PROCESS_BYTES,
             vram=size if kind in ON_CUDA else None,
-            cached=(0 if kind == "flat" else raw) + count * text_bytes + offsets_bytes(count),
-            disk=size + (0 if kind == "flat" else raw) + raw + count * (2 * text_bytes + 20) + offsets_bytes(count),
-            build_s=_build_s(kind, count, probed, compare_s),
-            query_s=probed.query_s * looked_through(kind, count) / looked_through(kind, PROBE),
+            cached=own + texts,
+            disk=size + own + texts + count * probe.table_row_bytes,
+            build_s=costs.build_s(size),
+            query_s=costs.query_s(),
             recall=preset.recall_floor,
         )
+
+
+class _Costs:
+    """Of one kind at one size."""
+
+    def __init__(self, probe: Probe, kind: str, count: int, dimension: int) -> None:
+        self._probe, self._kind, self._count, self._dimension = probe, kind, count, dimension
+        self._lists = lists_of(count)
+        self._sample = min(count, LARGEST_SAMPLE, max(LEAST_SAMPLE, SAMPLE_A_LIST * self._lists))
+
+    def build_s(self, size: float) -> float:
+        probe = self._probe
+        stored_s = probe.start_s + probe.record_fixed_s + self._count * probe.record_row_s
+        adding_s = self._count * self._add_row_s()
+        if self._kind in ("ivf-pq", "hnsw") and adding_s > SAVE_EVERY_S:  # saved on the way
+            adding_s += size / 2 * probe.write_byte_s * adding_s / max(SAVE_EVERY_S, 20 * size * probe.write_byte_s)
+        return stored_s + self._training_s() + adding_s + size * probe.write_byte_s
+
+    def _training_s(self) -> float:
+        if not self._kind.startswith("ivf"):
+            return 0.0
+        lists_s = KMEANS_ROUNDS * self._sample * self._lists * self._probe.compare_s
+        learning = min(self._sample, MOST_FOR_CODES) * self._probe.codes[0] if self._kind == "ivf-pq" else 0.0
+        return self._sample * self._probe.sample_row_s + lists_s + learning
+
+    def _add_row_s(self) -> float:
+        probe, count = self._probe, self._count
+        if self._kind == "flat":
+            return 0.0
+        if self._kind in ("flat-fp16", "sq8"):
+            return probe.encode_row_s(self._kind)
+        if self._kind == "ivf-flat":
+            return self._lists * probe.compare_s + probe.append_row_s
+        if self._kind == "ivf-pq":
+            few, many = (probe.assign_row_s(lists) for lists in ROWS)
+            doublings = math.log2(max(1, self._lists) / ROWS[0])
+            found = few + (many - few) / math.log2(ROWS[1] / ROWS[0]) * doublings
+            return max(found, few / 4) + probe.codes[1]
+        graph = probe.graph
+        searched = self._graph_s(HNSW_CONSTRUCTION, count * 2 // 3)  # it grows from nothing: most of it is late
+        return (searched + graph.link_s) / probe.threads
+
+    def _graph_s(self, candidates: int, count: int) -> float:
+        """Of a search in a graph."""
+        graph = self._probe.graph
+        seen = visited(graph.visited[candidates], ROWS[1], count)
+        return seen * (graph.compare_s + self._probe.fetch_s(self._dimension, count))
+
+    def query_s(self) -> float:
+        probe, count, params = self._probe, self._count, PRESETS[self._kind].params(self._count)
+        answer_s = probe.answer_s(self._kind, count)
+        if self._kind == "hnsw":
+            return answer_s + self._graph_s(params.ef_search or 1, count)
+        row_s = probe.scan_row_s(self._kind, count)
+        if not self._kind.startswith("ivf"):
+            return answer_s + count * row_s
+        share = min(1.0, (params.nprobe or 1) / self._lists)
+        coarse_s = (
+            probe.assign_row_s(self._lists)
+            if self._kind == "ivf-pq"
+            else self._lists * probe.scan_row_s("flat", self._lists)
+        )
+        return answer_s + coarse_s + count * share * row_s
 
 
 def choose(found: list[Need], ram: float, query_s: float) -> Need | None:
@@ -126,47 +162,3 @@ def choose(found: list[Need], ram: float, query_s: float) -> Need | None:
 
 def memory_of_machine() -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-@dataclass(frozen=True)
-class Probed:
-    """Seconds to train and to add the probe, and of one query."""
-
-    train_s: float
-    add_s: float
-    query_s: float
-
-
-def _probe(kind: str, vectors_ND: Float32Array) -> Probed:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / EMBEDDINGS
-        vectors_ND.tofile(path)
-        vectors = MappedVectors(path, vectors_ND.shape[1], "float32")
-        settled = recipe(kind, vectors.dimension, len(vectors))
-        began = time.perf_counter()
-        host = empty_index(settled.factory, vectors.dimension)
-        train(host, VectorsFile(path, vectors.dimension, "float32"))
-        train_s = time.perf_counter() - began
-        add_s = _timed(lambda: host.add(vectors_ND))
-        index = Index(host, vectors)
-
-        def search() -> None:
-            for query_D in vectors_ND[:QUERIES]:
-                index.search(query_D[None], 20, settled.params)
-
-        search()
-        return Probed(train_s, add_s, min(_timed(search) for _ in range(3)) / QUERIES)
-
-
-def _comparison(vectors_ND: Float32Array) -> float:
-    """Seconds to compare one vector with one centroid, as clustering does it."""
-    centroids = np.ascontiguousarray(vectors_ND[: PROBE // 4])
-    coarse = faiss.IndexFlatL2(vectors_ND.shape[1])
-    coarse.add(centroids)
-    return min(_timed(lambda: coarse.search(vectors_ND, 1)) for _ in range(3)) / (len(vectors_ND) * len(centroids))
-
-
-def _timed(function: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began

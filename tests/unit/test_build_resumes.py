@@ -11,6 +11,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from retriever_svc import checkpoint, record
@@ -253,3 +254,44 @@ def test_codes_are_written_as_faiss_would(factory: str, tmp_path: Path) -> None:
     building.train(index, VectorsFile(tmp_path / "embeddings.bin", D, "float32"))
     index.add(embeddings)
     assert (gen.current_generation(tmp_path) / INDEX).read_bytes() == faiss.serialize_index(index).tobytes()
+
+
+# --- memory --------------------------------------------------------------------------------------------------
+
+WATCHED = """
+import sys, threading, time
+from pathlib import Path
+from retriever_svc.build import Options, build_collection
+from retriever_svc.source import from_parquet
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+def watch():
+    while True:
+        peaks.append(anonymous())
+        time.sleep(0.005)
+
+peaks = []
+threading.Thread(target=watch, daemon=True).start()
+build_collection(Path(sys.argv[1]), from_parquet(Path(sys.argv[2])), options=Options(sys.argv[3]))
+print(max(peaks))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["flat", "sq8"])
+def test_memory_does_not_grow_with_the_corpus(kind: str, tmp_path: Path) -> None:
+    peaks = []
+    for rows in (20_000, 100_000):
+        path = tmp_path / f"{rows}.parquet"
+        # One row group, as others write them: 102 MB of vectors in float32, where the small one has 20.
+        pq.write_table(passage_table(random_embeddings(rows, 256)), path, row_group_size=rows)
+        command = [sys.executable, "-c", WATCHED, str(tmp_path / f"{rows}"), str(path), kind]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        peaks.append(int(done.stdout.split()[-1]))
+    assert peaks[1] - peaks[0] < 50e6

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from retriever_svc.index import INDEX, PRESETS
-from retriever_svc.index.plan import Need, choose, index_bytes, looked_through, needs
+from retriever_svc.index.plan import Need, choose, index_bytes, needs, visited
+from retriever_svc.index.probe import Probe
 from tests.retriever_data import random_embeddings, write_index
 
 
@@ -18,7 +19,8 @@ def test_an_index_is_as_large_as_planned(kind: str, count: int, dimension: int, 
 
 
 def test_every_preset_is_planned_and_grows_with_the_corpus() -> None:
-    small, large = (list(needs(count, 32)) for count in (100_000, 10_000_000))
+    probe = Probe(32, 100, 2)
+    small, large = (list(needs(count, 32, text_bytes=100, probe=probe)) for count in (100_000, 10_000_000))
     assert [need.kind for need in small] == list(PRESETS)
     for a, b in zip(small, large, strict=True):
         assert np.isfinite([a.build_s, a.query_s, b.build_s, b.query_s]).all()
@@ -26,7 +28,17 @@ def test_every_preset_is_planned_and_grows_with_the_corpus() -> None:
         assert b.ram > a.ram
         assert b.disk > 50 * a.disk
         assert b.build_s > a.build_s
-        assert looked_through(b.kind, 10_000_000) > looked_through(a.kind, 100_000)
+        assert b.query_s > a.query_s
+
+
+def test_a_graph_visits_no_more_than_it_holds_and_in_the_end_a_number() -> None:
+    for seen in (100.0, 4000.0, 8191.0):
+        found = [visited(seen, 8192, count) for count in (1, 100, 8192, 10**6, 10**7)]
+        assert found == sorted(found)
+        assert found[0] <= 1
+        assert found[1] <= 100
+        assert found[2] == pytest.approx(seen, rel=0.01)
+        assert found[4] == pytest.approx(found[3], rel=0.2)
 
 
 def need(kind: str, ram: float, query_s: float, recall: float) -> Need:

@@ -1,0 +1,308 @@
+"""What this machine does in a second, for :mod:`retriever_svc.index.plan`: measured on small indexes, here and now.
+
+Every figure is one that a cost grows with: a row stored, a vector compared in a matrix product, a code written, a
+vector visited in a graph. What lies in a cache while it is small and does not when it is large is measured apart: a
+scan over more than a cache holds, and a row fetched from so much memory as the index will take.
+
+Searches run as the service does them, with half of the threads; builds with all.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retriever_svc import ranking
+from retriever_svc.checkpoint import BuildPlan, Work
+from retriever_svc.index.building import EMBEDDINGS, INDEX, build_index, train
+from retriever_svc.index.faiss_index import Index, use_threads
+from retriever_svc.index.kinds import HNSW_CONSTRUCTION, PRESETS, core_of, empty_index, recipe
+from retriever_svc.index.vectors import MappedVectors, VectorsFile
+from retriever_svc.passages import passage_schema
+from retriever_svc.ranking import Segment
+from retriever_svc.record import Record
+from retriever_svc.source import from_parquet
+from shared.retrieval import Float32Array
+
+ROWS = (2048, 8192)  # of the small and the large probe
+CENTRE_OF = 40  # vectors a cluster
+QUERIES = 32
+N_DOCS = 5
+SCAN_BYTES = 2**27  # more than a cache holds
+FETCH_BYTES = 2**28
+CODE_TRAINING = 1024  # rows, of the probe of code books
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Of HNSW at ``ROWS[1]`` vectors: seconds to compare a visited vector while it is cached, vectors visited with each
+    number of candidates, and seconds to link one vector in beside what it visits."""
+
+    compare_s: float
+    visited: dict[int, float]
+    link_s: float
+
+
+class Probe:
+    """Measures when asked, once. ``text_bytes``: of a passage; ``itemsize``: bytes of a stored number."""
+
+    def __init__(self, dimension: int, text_bytes: int, itemsize: int) -> None:
+        self._dimension, self._text_bytes = dimension, text_bytes
+        self._dtype = np.dtype(np.float16 if itemsize == 2 else np.float32)
+        dice = np.random.default_rng(0)
+        rows = max(ROWS)
+        centres = dice.standard_normal((rows // CENTRE_OF, dimension), np.float32)
+        noise = dice.standard_normal((rows, dimension), np.float32)
+        vectors = centres[dice.integers(0, len(centres), rows)] + noise / 2
+        self._vectors_ND: Float32Array = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+        self.threads = faiss.omp_get_max_threads()
+
+    # --- building ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def start_s(self) -> float:
+        """For a process to start."""
+        return _timed(lambda: subprocess.run([sys.executable, "-c", "import retriever_svc.build"], check=True))
+
+    @cached_property
+    def _recorded(self) -> tuple[float, float, float, float]:
+        small, large = (self._record(rows) for rows in ROWS)
+        a_row_s = max(0.0, large[0] - small[0]) / (ROWS[1] - ROWS[0])
+        return max(0.0, small[0] - ROWS[0] * a_row_s), a_row_s, large[1] / ROWS[1], large[2] / ROWS[1]
+
+    @property
+    def record_fixed_s(self) -> float:
+        """To store any number of rows."""
+        return self._recorded[0]
+
+    @property
+    def record_row_s(self) -> float:
+        """To store one more."""
+        return self._recorded[1]
+
+    @property
+    def table_row_bytes(self) -> float:
+        return self._recorded[2]
+
+    @property
+    def write_byte_s(self) -> float:
+        """To write one byte of an index and its checksum, and have it on the disk."""
+        return self._recorded[3] / (4 * self._dimension)
+
+    def _record(self, rows: int) -> tuple[float, float, float]:
+        """Seconds to store rows from a file, bytes of the table, seconds to write a flat index of them."""
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            path = folder / "source.parquet"
+            pq.write_table(pa.Table.from_batches(list(self._batches(rows))), path)
+            began = time.perf_counter()
+            source = from_parquet(path, "none")
+            plan = BuildPlan(
+                source="probe", schema_="", encoder="", kind="", keeps_embeddings=True, index=None, lineage=None,
+                applied=0, origin="build", versions={},
+            )  # fmt: skip
+            work = Work.open(folder, plan)
+            Record(work, source, keeps_embeddings=True).finish()
+            record_s = time.perf_counter() - began
+            table = sum(
+                path.stat().st_size for path in (work.generation / "passages.lance").rglob("*") if path.is_file()
+            )
+            vectors = VectorsFile(work.generation / EMBEDDINGS, self._dimension, str(self._dtype))
+            flat = recipe("flat", self._dimension, rows)
+            return record_s, table, _timed(lambda: build_index(work, vectors, flat))
+
+    def _batches(self, rows: int) -> Iterator[pa.RecordBatch]:
+        dice = np.random.default_rng(1)
+        words = np.array(["".join(dice.choice(list("abcdefghijklmnopqrstuvwxyz"), 5)) for _ in range(4096)])
+        schema = passage_schema(self._dimension, str(self._dtype))
+        for start in range(0, rows, 1024):
+            part = self._vectors_ND[start : start + 1024].astype(self._dtype)
+            n = len(part)
+            texts = [
+                " ".join(row) for row in words[dice.integers(0, 4096, (n, max(1, self._text_bytes // 6)))].tolist()
+            ]
+            embeddings = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), self._dimension)
+            columns = [
+                pa.array(np.arange(start, start + n)),
+                pa.array([f"Title {i}" for i in range(n)]),
+                pa.array(texts),
+            ]
+            yield pa.record_batch([*columns, embeddings], schema=schema)
+
+    @cached_property
+    def compare_s(self) -> float:
+        """Seconds to compare one vector with one centroid in a matrix product, as clustering does it."""
+        centroids = np.ascontiguousarray(self._vectors_ND[:1024])
+        coarse = faiss.IndexFlatIP(self._dimension)
+        coarse.add(centroids)
+        return _best(lambda: coarse.search(self._vectors_ND, 1)) / (len(self._vectors_ND) * len(centroids))
+
+    @cached_property
+    def sample_row_s(self) -> float:
+        """To read one row of those that are trained on."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / EMBEDDINGS
+            self._vectors_ND.astype(self._dtype).tofile(path)
+            rows = np.arange(0, len(self._vectors_ND), 4)
+            return _best(lambda: VectorsFile(path, self._dimension, str(self._dtype)).take(rows)) / len(rows)
+
+    def encode_row_s(self, kind: str) -> float:
+        """To turn one vector into its code: sq8, flat-fp16."""
+        index = self._empty(kind)
+        return _best(lambda: index.sa_encode(self._vectors_ND)) / len(self._vectors_ND)
+
+    @cached_property
+    def codes(self) -> tuple[float, float]:
+        """Of product quantization: seconds to train its books a row, and to encode a row."""
+        index = core_of(self._empty("ivf-pq"))
+        books: Any = index.pq
+        books.cp.min_points_per_centroid = 1
+        train_s = _timed(lambda: books.train(self._vectors_ND[:CODE_TRAINING]))
+        return train_s / CODE_TRAINING, _best(lambda: books.compute_codes(self._vectors_ND[:2048])) / 2048
+
+    @cached_property
+    def append_row_s(self) -> float:
+        """To put one vector into its list, once that is known."""
+        index = self._lists("ivf-flat")
+        lists = np.random.default_rng(2).integers(0, index.nlist, len(self._vectors_ND)).astype(np.int64)
+        adding: Any = index
+        swig: Any = faiss
+        return _timed(
+            lambda: adding.add_core(
+                len(lists), swig.swig_ptr(self._vectors_ND), None, swig.swig_ptr(lists), None
+            )
+        ) / len(lists)  # fmt: skip
+
+    def assign_row_s(self, lists: int) -> float:
+        """To find the list of one vector among so many by a graph."""
+        index = faiss.IndexHNSWFlat(self._dimension, 32, faiss.METRIC_INNER_PRODUCT)
+        index.add(self._vectors_ND[: min(lists, len(self._vectors_ND))])
+        return _best(lambda: index.search(self._vectors_ND[:4096], 1)) / min(4096, len(self._vectors_ND))
+
+    # --- searching -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def graph(self) -> Graph:
+        """HNSW as it grows from one probe to the other."""
+        index = self._empty("hnsw")
+        graph: Any = index
+        stats: Any = faiss.cvar
+        swig: Any = faiss
+        index.add(self._vectors_ND[: ROWS[0]])
+        link_s = _timed(lambda: index.add(self._vectors_ND[ROWS[0] :])) / (ROWS[1] - ROWS[0])
+        visited, seconds = {}, {}
+        with _searching():
+            for candidates in (PRESETS["hnsw"].params(ROWS[1]).ef_search or 1, HNSW_CONSTRUCTION):
+                params = swig.SearchParametersHNSW(efSearch=candidates)
+
+                def search(params: Any = params) -> None:
+                    for query_D in self._vectors_ND[:QUERIES]:
+                        graph.search(query_D[None], 69, params=params)
+
+                stats.hnsw_stats.reset()
+                search()
+                visited[candidates] = stats.hnsw_stats.ndis / QUERIES
+                seconds[candidates] = _best(search) / QUERIES
+        most = max(visited)
+        # While the graph grew it was smaller, and visited less: about as much as it held.
+        searched_s = seconds[most] * min(1.0, (ROWS[0] + ROWS[1]) / 2 / visited[most])
+        return Graph(seconds[most] / visited[most], visited, max(0.0, link_s * self.threads - searched_s))
+
+    def scan_row_s(self, kind: str, count: int) -> float:
+        """To compare a query with one vector of a list of them, as far from the caches as ``count`` vectors are."""
+        row_bytes = max(1, int(self._empty(kind if not kind.startswith("ivf") else "flat").sa_code_size()))
+        if kind == "ivf-pq":
+            index, probed = self._lists(kind), 1.0
+        else:
+            index, probed = self._empty("flat" if kind == "ivf-flat" else kind), 1.0
+        rows = min(count, 65_536 if kind == "ivf-pq" else SCAN_BYTES // row_bytes)
+        while index.ntotal < rows:
+            index.add(self._vectors_ND[: rows - index.ntotal])
+        params = None if kind != "ivf-pq" else _swig().SearchParametersIVF(nprobe=index.nlist)
+        with _searching():
+            return _best(lambda: index.search(self._vectors_ND[:1], 100, params=params)) / (rows * probed)
+
+    def answer_s(self, kind: str, count: int) -> float:
+        """All of a query but the search itself: the proposals ranked anew, with their rows as cold as they will be."""
+        rows = min(count, ROWS[1])
+        params = PRESETS[kind].params(count)
+        with tempfile.TemporaryDirectory() as folder, _searching():
+            path = Path(folder) / EMBEDDINGS
+            self._vectors_ND[:rows].astype(self._dtype).tofile(path)
+            flat: Any = faiss.IndexFlatIP(self._dimension) if kind == "flat" else self._empty("sq8")
+            flat.add(self._vectors_ND[:rows])
+            index = Index(flat, MappedVectors(path, self._dimension, str(self._dtype)))
+            segment = Segment(0, index, np.arange(rows), 2.0)
+            width = max(N_DOCS * (params.over_fetch or 1), N_DOCS + ranking.SPARE_HITS_INEXACT)
+            whole_s = _best(lambda: ranking.search([segment], self._vectors_ND[:1], [N_DOCS], params))
+            search_s = _best(lambda: index.search(self._vectors_ND[:1], width, params))
+            cold_s = 0.0 if kind == "flat" else width * self.fetch_s(self._dimension * self._dtype.itemsize, count)
+            return max(0.0, whole_s - search_s) + cold_s
+
+    def fetch_s(self, row_bytes: int, count: int) -> float:
+        """What it costs more to fetch a row from ``count`` of them than from a cache."""
+        near, far = (self._gathered_s(row_bytes, size) for size in (2**20, min(FETCH_BYTES, count * row_bytes)))
+        return max(0.0, far - near)
+
+    def _gathered_s(self, row_bytes: int, size: int) -> float:
+        rows = np.ones((max(1, size // row_bytes), row_bytes), np.uint8)
+        wanted = np.random.default_rng(3).integers(0, len(rows), (64, 256))
+        taken = np.empty((256, row_bytes), np.uint8)
+        turn = iter(wanted)
+        return float(np.median([_timed(lambda: rows.take(next(turn), axis=0, out=taken)) for _ in wanted])) / 256
+
+    def _empty(self, kind: str) -> Any:
+        """Trained on little, where it learns anything but lists and books."""
+        index = empty_index(PRESETS[kind].factory(self._dimension, ROWS[1]), self._dimension)
+        if not kind.startswith("ivf"):
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / INDEX
+                self._vectors_ND[:1024].tofile(path)
+                train(index, VectorsFile(path, self._dimension, "float32"))
+        return index
+
+    def _lists(self, kind: str) -> Any:
+        """Inverted lists around vectors that were not clustered: their number counts, not their places."""
+        index = core_of(empty_index(PRESETS[kind].factory(self._dimension, ROWS[0]), self._dimension))
+        index.quantizer.add(self._vectors_ND[: index.nlist])
+        if kind == "ivf-pq":
+            books: Any = index.pq
+            centroids = np.random.default_rng(4).standard_normal(books.M * books.ksub * books.dsub, np.float32)
+            faiss.copy_array_to_vector(centroids, books.centroids)
+        index.is_trained = True
+        return index
+
+
+def _swig() -> Any:
+    return faiss
+
+
+class _searching:  # noqa: N801  reads as what it does
+    """With the threads that a search has."""
+
+    def __enter__(self) -> None:
+        self._before = faiss.omp_get_max_threads()
+        use_threads(0)
+
+    def __exit__(self, *_: object) -> None:
+        faiss.omp_set_num_threads(self._before)
+
+
+def _timed(function: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def _best(function: Callable[[], object], times: int = 3) -> float:
+    return min(_timed(function) for _ in range(times))
