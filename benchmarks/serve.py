@@ -108,11 +108,17 @@ def asked(system: System, questions: Sequence[str], due: Sequence[float]) -> lis
 
 def curves(arguments: argparse.Namespace, beams: int, console: Console) -> list[Point]:
     questions = demo_questions(QUESTIONS)
-    with tempfile.TemporaryDirectory() as folder:
-        expected = transformers_rag(Path(folder), beams=beams)(questions)
+    with tempfile.TemporaryDirectory() as scratch:
+        expected = transformers_rag(Path(scratch), beams=beams)(questions)
     points: list[Point] = []
     with ExitStack() as stack:
-        stack.enter_context(both_services(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
+        # The rivals take every request at once and refuse none; so that the same is compared, neither do we.
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(
+            both_services(
+                folder, GENERATOR_SHED_AFTER_MS="0", GENERATOR_MAX_CONCURRENT="256", GENERATOR_CLIENT_SHARE="1"
+            )
+        )
         running = [
             our_system(beams),
             stack.enter_context(plain("none", PLAIN_PORT, beams)),

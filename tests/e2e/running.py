@@ -17,6 +17,7 @@ from services.client.calls import Service
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 RAG = (sys.executable, "-m", "services.cli")
+PATIENT = {"GENERATOR_SHED_AFTER_MS": "0"}  # callers in tests rather wait on a busy machine than be refused
 START_WITHIN_S = 180.0  # the index is built at the first start, and the machine may be busy
 
 
@@ -72,7 +73,7 @@ class Up:
         process = subprocess.Popen(
             [*RAG, "up", "--port", str(port), "--retriever-port", str(retriever_port), *options],
             cwd=ROOT,
-            env=environment(RETRIEVER_DATA_DIR=str(data_dir), **variables),
+            env=environment(**{"RETRIEVER_DATA_DIR": str(data_dir), **PATIENT, **variables}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
