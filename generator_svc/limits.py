@@ -38,8 +38,9 @@ def choose_n_docs(
         return n_docs
     if request.n_docs not in (None, len(passages)):
         raise InvalidRequest(f"n_docs is {request.n_docs}, but {len(passages)} passages are given", param="n_docs")
-    if request.collection != DEFAULT_COLLECTION:
-        raise InvalidRequest("collection has no effect where passages are given", param="collection")
+    for name, neutral in (("collection", DEFAULT_COLLECTION), ("filter", None), ("search_params", None)):
+        if getattr(request, name) != neutral:
+            raise InvalidRequest(f"{name} has no effect where passages are given", param=name)
     _at_most("passages", len(passages), settings.max_n_docs)
     return len(passages)
 

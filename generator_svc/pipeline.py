@@ -42,6 +42,7 @@ from shared.schemas import (
     OwnPassage,
     Passage,
     QuestionResult,
+    Retrieving,
     ScoreRequest,
     ScoreResponse,
     SearchRequest,
@@ -173,7 +174,7 @@ class Pipeline:
         timings = Timings(self._metrics)
         check_questions(request, self._settings)
         n_docs = choose_n_docs(request, self._checkpoint.config.n_docs, self._settings)
-        evidence, index = await self._retrieve(request.questions, request.collection, n_docs, deadline, timings)
+        evidence, index = await self._retrieve(request, n_docs, deadline, timings)
         results = [
             SearchResult(question=question, documents=found.documents())
             for question, found in zip(request.questions, evidence, strict=True)
@@ -194,18 +195,27 @@ class Pipeline:
         if request.passages is not None:
             own = Evidence(request.passages, _own_scores(request.passages))
             return [own] * len(request.questions), None
-        evidence, index = await self._retrieve(request.questions, request.collection, n_docs, deadline, timings)
+        evidence, index = await self._retrieve(request, n_docs, deadline, timings)
         if not all(found.passages for found in evidence):
+            if request.filter is not None:
+                raise InvalidRequest(f"no passage of {index.collection!r} fulfils the filter", param="filter")
             raise UpstreamError(f"collection {index.collection!r} holds no passages: there is nothing to answer from")
         return evidence, index
 
     async def _retrieve(
-        self, questions: Sequence[str], collection: str, n_docs: int, deadline: Deadline, timings: Timings
+        self, request: Retrieving, n_docs: int, deadline: Deadline, timings: Timings
     ) -> tuple[list[Evidence], IndexInfo]:
+        questions = request.questions
         with timings.step("encode"):
             vectors: list[Float32Array] = await self._run([Encode(question) for question in questions], deadline)
         with timings.step("retrieve"):
-            query = RetrieveQuery(np.stack(vectors), n_docs=n_docs, collection=collection)
+            query = RetrieveQuery(
+                np.stack(vectors),
+                n_docs=n_docs,
+                collection=request.collection,
+                search_params=request.search_params,
+                filter=request.filter,
+            )
             result = await self._retriever.retrieve(query, deadline)
         if result.doc_embeds is None or result.docs is None or len(result.docs) != len(questions):
             raise UpstreamError("the retriever left out what was asked for")

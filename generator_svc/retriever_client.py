@@ -32,7 +32,7 @@ from shared.vectors import ARROW_TYPE, query_to_wire, result_from_wire
 _CONNECT_S = 1.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 0.5
 _RETRIEVE = "/v1/retrieve"
-_CALLERS_FIELDS = ("collection", "n_docs")
+_CALLERS_FIELDS = ("collection", "n_docs", "filter", "search_params")
 
 
 class RetrieverClient:
@@ -66,7 +66,7 @@ class RetrieverClient:
         for as long as the setting ``retriever_retry_s`` and the deadline allow: asking twice changes nothing.
 
         Raises:
-            NotFound: no such collection. InvalidRequest: a refused ``n_docs`` or ``collection``.
+            NotFound: no such collection. InvalidRequest: a field that the caller gave is refused.
             EncoderMismatch: the index was made for another question encoder.
             Overloaded: it refuses more work; asking again at once would only add to it.
             UpstreamError: everything else that the retriever does wrong, with its message.
@@ -154,7 +154,7 @@ class RetrieverClient:
     def _error(self, response: httpx.Response) -> RagError:
         """The error to raise for a response that is not a success: the caller's own, or a failed upstream."""
         error = error_from_wire(response.status_code, _json(response))
-        if isinstance(error, NotFound | InvalidRequest) and error.param in _CALLERS_FIELDS:
+        if isinstance(error, NotFound | InvalidRequest) and (error.param or "").partition(".")[0] in _CALLERS_FIELDS:
             return error
         kind = type(error) if isinstance(error, DeadlineExceeded | Overloaded | Unavailable) else UpstreamError
         return kind(f"the retriever at {self.url} says: {error.message}")

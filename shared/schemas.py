@@ -5,6 +5,7 @@ an option is either honoured or named in a 422, never ignored. Upper bounds that
 of the service; here stand only the bounds that hold everywhere.
 """
 
+from collections.abc import Sized
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -44,13 +45,19 @@ SentMetadata = Annotated[
     WithJsonSchema({"type": "object", "additionalProperties": {"type": ["string", "number", "boolean", "null"]}}),
 ]
 LONGEST_FILTER = 4000
+Filter = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_FILTER)]
+FILTER = (
+    "SQL condition on metadata columns, id, title and text that every document fulfils, such as "
+    "`year >= 1990 AND lang IN ('en', 'de') AND published < date '2020-01-31'`. A name with a blank in it stands "
+    "in `backticks`."
+)
 
 
 def _is_none(value: object) -> bool:
     return value is None
 
 
-def _is_empty(value: dict[str, MetadataType]) -> bool:
+def _is_empty(value: Sized) -> bool:
     return not value
 
 
@@ -134,13 +141,7 @@ class RetrieveOptions(Request):
     return_embeds: bool = True
     return_passages: bool = True
     search_params: SearchParams | None = Field(default=None, description="Beyond what the collection is set to.")
-    filter: Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_FILTER)] | None = Field(
-        default=None,
-        exclude_if=_is_none,
-        description="SQL condition on metadata columns, id, title and text that every document fulfils, such as "
-        "`year >= 1990 AND lang IN ('en', 'de') AND published < date '2020-01-31'`. A name with a blank in it stands "
-        "in `backticks`.",
-    )
+    filter: Filter | None = Field(default=None, exclude_if=_is_none, description=FILTER)
 
 
 class RetrieveRequest(RetrieveOptions):
@@ -162,6 +163,15 @@ class RetrieveResponse(Wire):
     timings_ms: dict[str, float]
 
 
+class Recall(Wire):
+    """What a sample of live queries found of what an exact search finds."""
+
+    at_k: int = Field(description="Documents of a query that count; of one that asks for fewer, those.")
+    estimate: float = Field(description="Share of the true best documents that were found.")
+    queries: int = Field(description="How many of the last queries it is the mean of.")
+    low: bool = Field(description="It is below what the service is told to warn of.")
+
+
 class CollectionInfo(Wire):
     name: str
     generation: str
@@ -179,6 +189,29 @@ class CollectionInfo(Wire):
     metadata: dict[str, MetadataType] = Field(
         default_factory=dict, exclude_if=_is_empty, description="Columns beside id, title and text, for filters."
     )
+    recall: Recall | None = Field(
+        default=None, description="As measured; null where the index is exact, or no query was compared yet."
+    )
+
+
+class NewCollection(Sent):
+    """A collection to make, without passages."""
+
+    name: CollectionName
+    dimension: Annotated[Positive, Field(le=16_384)] = Field(description="Of the embeddings.")
+    encoder: Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[!-~]+$")] = Field(
+        description="Fingerprint of the question encoder whose space the embeddings will live in, as `/v1/encode` and "
+        "`rag info` tell it."
+    )
+    kind: str = Field(
+        default="flat",
+        min_length=1,
+        max_length=200,
+        description="Preset or faiss factory string of the index that is built once there are passages.",
+    )
+    dtype: Literal["float16", "float32"] = Field(default="float16", description="Storage of the embeddings.")
+    metadata: dict[str, MetadataType] = Field(default_factory=dict, description="Type of each metadata column.")
+    search_params: SearchParams | None = Field(default=None, description="Its default, beyond the kind's own.")
 
 
 class CollectionList(Wire):
@@ -279,11 +312,19 @@ class Asked(Request):
         return [self.question] if isinstance(self.question, str) else list(self.question)
 
 
-class AnswerRequest(Asked):
+class Retrieving(Asked):
+    """Questions that documents are retrieved for."""
+
+    n_docs: Positive | None = None
+    collection: CollectionName = "default"
+    filter: Filter | None = Field(default=None, description=FILTER)
+    search_params: SearchParams | None = Field(default=None, description="Beyond what the collection is set to.")
+
+
+class AnswerRequest(Retrieving):
     """Generation options are named as in transformers; ``null``: as the checkpoint has it."""
 
     strategy: Strategy | None = Field(default=None, description="Head that marginalises: RAG-Token or RAG-Sequence.")
-    n_docs: Positive | None = None
     num_beams: Positive = 1
     num_return_sequences: Positive = 1
     max_new_tokens: Positive = 64
@@ -296,7 +337,6 @@ class AnswerRequest(Asked):
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: Int63 | None = Field(default=None, description="Makes sampling repeatable.")
     deduplicate: bool = Field(default=True, description="RAG-Sequence: score equal candidates once.")
-    collection: CollectionName = "default"
     decoding: Literal["thorough", "fast"] = Field(
         default="thorough",
         description="RAG-Sequence: score every candidate under every document, or (`fast`) only under those whose own "
@@ -391,7 +431,7 @@ class AnswerResponse(Wire):
     timings_ms: dict[str, float]
 
 
-class ScoreRequest(Asked):
+class ScoreRequest(Retrieving):
     """One question with its answers, or as many lists of answers as questions."""
 
     answers: (
@@ -401,8 +441,6 @@ class ScoreRequest(Asked):
         ]
     )
     strategy: Strategy | None = None
-    n_docs: Positive | None = None
-    collection: CollectionName = "default"
     passages: list[OwnPassage] | None = Field(default=None, min_length=1, fail_fast=True)
 
     @model_validator(mode="after")
@@ -442,9 +480,8 @@ class EncodeResponse(Wire):
     timings_ms: dict[str, float]
 
 
-class SearchRequest(Asked):
-    n_docs: Positive | None = None
-    collection: CollectionName = "default"
+class SearchRequest(Retrieving):
+    pass
 
 
 class SearchResult(Wire):
@@ -464,6 +501,9 @@ class SearchResponse(Wire):
 class Health(Wire):
     status: Literal["ok", "unavailable"]
     reasons: list[str] = Field(default_factory=list, description="Why not, one line a cause.")
+    warnings: list[str] = Field(
+        default_factory=list, exclude_if=_is_empty, description="What is wrong without stopping the service."
+    )
 
 
 class ServiceInfo(Wire):

@@ -5,13 +5,26 @@ from typing import Annotated, Any
 
 import typer
 
-from services.cli.options import DEFAULT_URL, ApiKey, AsJson, NDocs, TimeoutMs, Url, connect, print_json
+from services.cli.options import (
+    DEFAULT_URL,
+    ApiKey,
+    AsJson,
+    Collection,
+    Filter,
+    NDocs,
+    TimeoutMs,
+    Url,
+    connect,
+    print_json,
+)
 
 
 def ask(
     question: Annotated[str, typer.Argument(help="What you want to know.", show_default=False)],
     *,
     n_docs: NDocs = None,
+    collection: Collection = "default",
+    where: Filter = None,
     num_beams: Annotated[int, typer.Option(min=1, help="Hypotheses that the search keeps.")] = 1,
     answers: Annotated[int, typer.Option(min=1, help="Answers to print; raises --num-beams to as many.")] = 1,
     strategy: Annotated[
@@ -37,10 +50,12 @@ def ask(
     - `rag ask "How many people live in Paris?"`
     - `rag ask "What is the symbol of gold?" --answers 3 --passages 5`
     - `rag ask "How many people live in Narnia?" --min-probability 0.5`
+    - `rag ask "Who won the race?" --collection news --filter "year >= 1990 AND lang = 'en'"`
     - `rag ask "Where is Oslo?" --json | jq '.results[0].answers[0].text'`
     """
     options: dict[str, Any] = {"num_beams": max(num_beams, answers), "num_return_sequences": answers}
     options |= {"min_probability": min_probability, "n_docs": n_docs, "strategy": strategy, "timeout_ms": timeout_ms}
+    options |= {"collection": collection, "filter": where}
     with connect(url, api_key) as client:
         response = client.answer(question, **options)
     if as_json:
@@ -55,6 +70,8 @@ def search(
     question: Annotated[str, typer.Argument(help="What the passages should be about.", show_default=False)],
     *,
     n_docs: NDocs = None,
+    collection: Collection = "default",
+    where: Filter = None,
     timeout_ms: TimeoutMs = None,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
@@ -62,12 +79,13 @@ def search(
 ) -> None:
     """Find passages; nothing is generated.
 
-    **Example**
+    **Examples**
 
     - `rag search "rivers and capitals of Europe" --n-docs 10`
+    - `rag search "rivers" --filter "title = 'Paris'"`
     """
     with connect(url, api_key) as client:
-        response = client.search(question, n_docs=n_docs, timeout_ms=timeout_ms)
+        response = client.search(question, n_docs=n_docs, collection=collection, filter=where, timeout_ms=timeout_ms)
     if as_json:
         print_json(response)
         return

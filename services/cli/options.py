@@ -17,6 +17,11 @@ RetrieverUrl = Annotated[
 ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="RAG_API_KEY", help="Key, where the service asks one.")]
 TimeoutMs = Annotated[int | None, typer.Option(min=1, help="Deadline of the request, over both services.")]
 NDocs = Annotated[int | None, typer.Option(min=1, help="Passages to retrieve. [default: as the checkpoint has it]")]
+Collection = Annotated[str, typer.Option("--collection", help="Where to look: a collection, or an alias of one.")]
+Filter = Annotated[
+    str | None,
+    typer.Option("--filter", help="SQL condition on metadata columns, id, title and text that passages fulfil."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the service's response as JSON.")]
 
 DEFAULT_URL = "http://127.0.0.1:8000"

@@ -6,7 +6,7 @@ the two equal. What is left out is not sent, so that the service's own default h
 
 from typing import Literal, TypedDict
 
-from shared.schemas import OwnPassage, SearchParams, Strategy
+from shared.schemas import MetadataType, OwnPassage, SearchParams, Strategy
 
 
 class EncodeOptions(TypedDict, total=False):
@@ -16,6 +16,8 @@ class EncodeOptions(TypedDict, total=False):
 class SearchOptions(EncodeOptions, total=False):
     n_docs: int | None
     collection: str
+    filter: str | None
+    search_params: SearchParams | None
 
 
 class ScoreOptions(SearchOptions, total=False):
@@ -40,6 +42,13 @@ class AnswerOptions(ScoreOptions, total=False):
     choices: list[str] | None
     provenance: Literal["none", "answer", "token"]
     min_probability: float
+
+
+class CollectionOptions(TypedDict, total=False):
+    kind: str
+    dtype: Literal["float16", "float32"]
+    metadata: dict[str, MetadataType]
+    search_params: SearchParams | None
 
 
 class RetrieveOptions(EncodeOptions, total=False):

@@ -143,6 +143,8 @@ async def test_not_ready_for_too_long_is_an_upstream_error(retriever: SmallRetri
     [
         (NotFound("there is no collection `x`", param="collection"), NotFound, "collection"),
         (InvalidRequest("n_docs: at most 5", param="n_docs"), InvalidRequest, "n_docs"),
+        (InvalidRequest("there is no column", param="filter"), InvalidRequest, "filter"),
+        (InvalidRequest("no nprobe", param="search_params.nprobe"), InvalidRequest, "search_params.nprobe"),
         # The caller of the generator sent no vectors and chose no path: these are not its fault.
         (InvalidRequest("vectors: 9 dimensions", param="vectors"), UpstreamError, None),
         (NotFound("there is nothing at this path"), UpstreamError, None),

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -85,3 +86,47 @@ async def test_answers_are_those_of_transformers_in_one_process(
     )
     expected = [answer.strip() for answer in tokenizer.batch_decode(generated, skip_special_tokens=True)]
     assert [result["answers"][0]["text"] for result in results] == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [("/v1/search", {}), ("/v1/answer", {"max_new_tokens": 4}), ("/v1/score", {"answers": [["a"], ["b"], ["c"]]})],
+)
+async def test_every_document_fulfils_the_filter(http: httpx.AsyncClient, path: str, more: dict[str, Any]) -> None:
+    condition = f"id >= 150 AND title != '{title(170)}'"
+    asked = {"question": QUESTIONS, "n_docs": 5, "filter": condition, **more}
+    vectors = np.array((await http.post("/v1/encode", json={"question": QUESTIONS})).json()["vectors"])
+    response = await http.post(path, json=asked)
+    assert response.status_code == 200, response.text
+    allowed = np.array([i for i in range(150, 200) if i != 170])
+    for vector, result in zip(vectors, response.json()["results"], strict=True):
+        best = allowed[np.argsort(-(EMBEDDINGS[allowed].astype(np.float64) @ vector))[:5]]
+        assert [document["id"] for document in result["documents"]] == best.tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "param", "said"),
+    [
+        ({"filter": "yaer > 3"}, "filter", "yaer"),
+        ({"filter": "id >"}, "filter", ""),
+        ({"search_params": {"nprobe": 8}}, "search_params.nprobe", "has no nprobe"),
+    ],
+)
+async def test_what_the_retriever_refuses_is_refused_by_the_name_of_the_field(
+    http: httpx.AsyncClient, options: dict[str, Any], param: str, said: str
+) -> None:
+    for path, more in (("/v1/search", {}), ("/v1/answer", {}), ("/v1/score", {"answers": ["a"]})):
+        response = await http.post(path, json={"question": QUESTIONS[0], **options, **more})
+        assert response.status_code == 422, response.text
+        assert response.json()["error"]["param"] == param
+        assert said in response.json()["error"]["message"]
+
+
+async def test_where_no_passage_fulfils_the_filter_a_search_is_empty_and_an_answer_refused(
+    http: httpx.AsyncClient,
+) -> None:
+    asked = {"question": QUESTIONS[0], "filter": "id < 0"}
+    found = await http.post("/v1/search", json=asked)
+    assert found.json()["results"][0]["documents"] == []
+    answered = await http.post("/v1/answer", json=asked)
+    assert (answered.status_code, answered.json()["error"]["param"]) == (422, "filter")

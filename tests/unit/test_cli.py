@@ -139,10 +139,13 @@ def test_the_answer_comes_with_its_probability_and_the_passage_it_rests_on(rag: 
 
 def test_options_reach_the_service(rag: Rag, service: Canned) -> None:
     options = ["--n-docs", "7", "--answers", "3", "--strategy", "sequence", "--min-probability", "0.2"]
+    options += ["--collection", "news", "--filter", "year > 1990"]
     rag("ask", "q", "--url", service.url, *options, "--timeout-ms", "900")
     sent = service.received[0]
     assert sent == {
         "question": "q",
+        "collection": "news",
+        "filter": "year > 1990",
         "n_docs": 7,
         "num_beams": 3,
         "num_return_sequences": 3,
@@ -168,6 +171,15 @@ def test_it_says_that_it_does_not_know(rag: Rag, service: Canned) -> None:
 def test_json_is_the_response_itself(rag: Rag, service: Canned) -> None:
     _, out, _ = rag("ask", "q", "--json", "--url", service.url)
     assert json.loads(out) == answered()
+
+
+def test_a_search_may_be_confined_to_a_collection_and_a_filter(rag: Rag, service: Canned) -> None:
+    results = [SearchResult(question="q", documents=DOCUMENTS)]
+    response = SearchResponse(results=results, index=INDEX, timings_ms={"total": 1.0})
+    service.responses["/v1/search"] = 200, response.model_dump()
+    rag("search", "q", "--collection", "news", "--filter", "year > 1990", "--url", service.url)
+    assert service.received[0]["collection"] == "news"
+    assert service.received[0]["filter"] == "year > 1990"
 
 
 def test_search_ranks_passages(rag: Rag, service: Canned) -> None:
