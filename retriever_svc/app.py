@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi import Path as PathParameter
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
@@ -40,6 +40,7 @@ from shared.schemas import (
     GenerationInfo,
     GenerationList,
     Job,
+    NewCollection,
     Passage,
     RetrieveRequest,
     RetrieveResponse,
@@ -103,7 +104,12 @@ def create_app(settings: RetrieverSettings) -> FastAPI:
     def info() -> ServiceInfo:
         return _info(retriever)
 
-    app = create_base_app(settings, service="retriever", lifespan=lifespan, readiness=readiness, info=info)
+    def warnings() -> list[str]:
+        return retriever.warnings()
+
+    app = create_base_app(
+        settings, service="retriever", lifespan=lifespan, readiness=readiness, info=info, warnings=warnings
+    )
     retriever = Retriever(settings, app.state.registry)
     app.state.retriever = retriever
     app.include_router(searching)
@@ -179,13 +185,13 @@ async def retrieve(request: Request) -> Response:
 @router.get("/v1/collections")
 async def list_collections(retriever: TheRetriever) -> CollectionList:
     """Every collection that is served."""
-    return CollectionList(collections=[collection.info for collection in retriever.collections.values()])
+    return CollectionList(collections=[retriever.info(collection) for collection in retriever.collections.values()])
 
 
 @router.get("/v1/collections/{collection}", responses=raises(NotFound, Unavailable))
 async def get_collection(collection: CollectionName, retriever: TheRetriever) -> CollectionInfo:
     """What a collection holds, and which generation of it serves."""
-    return retriever.collection(collection).info
+    return retriever.info(retriever.collection(collection))
 
 
 @router.get("/v1/collections/{collection}/passages/{passage_id:int}", responses=raises(NotFound, Unavailable))
@@ -200,6 +206,25 @@ async def get_passage(
 
 WRITING = [Depends(requires("admin"))]
 WRITE_ERRORS = raises(RequestError, NotFound, Conflict, UnsupportedMediaType, InvalidRequest, Unavailable)
+
+
+@router.post("/v1/collections", status_code=201, dependencies=WRITING, responses=WRITE_ERRORS)
+async def create_collection(request: NewCollection, retriever: TheRetriever) -> CollectionInfo:
+    """Make a collection without passages, for an encoder and a kind of index. Answered once it is on the disk.
+
+    Until the first generation is built, what is stored in it is searched exactly.
+    """
+    return retriever.info(await retriever.create(request))
+
+
+@router.delete("/v1/collections/{collection}", status_code=204, dependencies=WRITING, responses=WRITE_ERRORS)
+async def drop_collection(
+    collection: CollectionName,
+    retriever: TheRetriever,
+    remove_aliases: Annotated[bool, Query(description="Remove the aliases that stand for it, too.")] = False,
+) -> None:
+    """Remove a collection with all its passages and generations, for good. Refused while an alias stands for it."""
+    await retriever.drop(collection, remove_aliases=remove_aliases)
 
 
 @router.post(
@@ -269,13 +294,13 @@ async def roll_back(collection: CollectionName, request: RollbackRequest, retrie
     """Serve an earlier generation again, with every change that was made to it."""
     writer = retriever.writer(collection)
     await writer.rollback(request.generation)
-    return writer.collection.info
+    return retriever.info(writer.collection)
 
 
 @router.post("/v1/collections/{collection}/reload", dependencies=WRITING, responses=WRITE_ERRORS)
 async def reload_collection(collection: CollectionName, retriever: TheRetriever) -> CollectionInfo:
     """Serve what was built on the disk since the start: a collection that is new, or its newest generation."""
-    return (await retriever.reload(collection)).info
+    return retriever.info(await retriever.reload(collection))
 
 
 @router.get("/v1/jobs/{job_id}", responses=raises(NotFound, Unavailable))
@@ -293,20 +318,20 @@ async def list_aliases(retriever: TheRetriever) -> Aliases:
 @router.put("/v1/aliases/{alias}", dependencies=WRITING, responses=WRITE_ERRORS)
 async def set_alias(alias: CollectionName, request: AliasRequest, retriever: TheRetriever) -> Aliases:
     """Let an alias stand for a collection: requests that begin from now on go there, others end where they began."""
-    retriever.catalog.set_alias(alias, request.collection)
+    await retriever.catalog.set_alias(alias, request.collection)
     return Aliases(aliases=retriever.catalog.aliases)
 
 
 @router.delete("/v1/aliases/{alias}", dependencies=WRITING, responses=WRITE_ERRORS)
 async def remove_alias(alias: CollectionName, retriever: TheRetriever) -> Aliases:
     """Let an alias stand for nothing."""
-    retriever.catalog.set_alias(alias, None)
+    await retriever.catalog.set_alias(alias, None)
     return Aliases(aliases=retriever.catalog.aliases)
 
 
 def _info(retriever: Retriever) -> ServiceInfo:
     settings = retriever.settings
-    collections = [collection.info for collection in retriever.collections.values()]
+    collections = [retriever.info(collection) for collection in retriever.collections.values()]
     return ServiceInfo(
         service="retriever",
         version=VERSION,
@@ -320,6 +345,10 @@ def _info(retriever: Retriever) -> ServiceInfo:
             "max_documents": settings.max_documents,
             "keep_generations": settings.keep_generations,
             "rebuild_after": settings.rebuild_after,
+            "canary_fraction": settings.canary_fraction,
+            "canary_k": settings.canary_k,
+            "canary_window": settings.canary_window,
+            "canary_min_recall": settings.canary_min_recall,
         },
         collections=collections,
     )

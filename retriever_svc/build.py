@@ -18,7 +18,7 @@ import structlog
 
 from retriever_svc import generation as gen
 from retriever_svc.checkpoint import TEMPORARY, BuildPlan, Progress, Work, clear_abandoned
-from retriever_svc.index import EMBEDDINGS, FLAT, build_index, recipe, take_index
+from retriever_svc.index import EMBEDDINGS, FLAT, build_index, empty_index_of, recipe, take_index
 from retriever_svc.index.kinds import Recipe
 from retriever_svc.index.vectors import VectorsFile, VectorSource
 from retriever_svc.passages import TableVectors
@@ -39,7 +39,8 @@ class Options:
 
     ``kind``: preset or factory string; ``search_params``: where they differ from the preset's. ``index_file``: an index
     over the rows of the source, taken as it is; ``kind`` is what the next generation is built as. ``lineage`` and
-    ``applied``: the change log that goes on, and its last change in the source; a new log otherwise.
+    ``applied``: the change log that goes on, and its last change in the source; a new log otherwise. ``current``: make
+    it the generation that serves. ``may_be_empty``: a source without passages is no mistake.
     """
 
     kind: str = FLAT
@@ -48,6 +49,8 @@ class Options:
     index_file: Path | None = None
     lineage: str | None = None
     applied: int = 0
+    current: bool = True
+    may_be_empty: bool = False
 
     @property
     def keeps_embeddings(self) -> bool:
@@ -65,7 +68,7 @@ def build_collection(
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> str:
-    """Build a generation from ``source`` and make it the current one.
+    """Build a generation from ``source`` and make it the current one, unless ``options`` say otherwise.
 
     ``collection`` is the folder ``data/collections/<name>``, made where it is missing. What served before stays in
     place, for whoever has it open. A build of a source with an ``identity`` that was killed, in any way, goes on when
@@ -98,7 +101,8 @@ def build_locked(
         if source.identity is None or refused:  # nobody can go on with it
             work.remove()
         raise
-    gen.set_current(collection, name)
+    if options.current:
+        gen.set_current(collection, name)
     work.remove()
     log.info("generation_built", collection=collection.name, generation=name)
     return name
@@ -140,7 +144,9 @@ def _described(path: Path) -> str:
 
 def _finish(work: Work, generations: Path, source: Source, options: Options, progress: Progress | None) -> str:
     """Do what is left to do, and give the generation its name."""
-    Record(work, source, keeps_embeddings=options.keeps_embeddings, progress=progress).finish()
+    Record(work, source, keeps_embeddings=options.keeps_embeddings, progress=progress).finish(
+        may_be_empty=options.may_be_empty
+    )
     settled = recipe(options.kind, source.dimension, work.state.rows, options.search_params)
     factory = _index(work, source, options, settled, progress)
     now = datetime.now(UTC)
@@ -177,6 +183,8 @@ def _index(work: Work, source: Source, options: Options, settled: Recipe, progre
     """Build the index, or take the one that is there; faiss's name of it."""
     if options.index_file is not None:
         return take_index(work, options.index_file, work.state.rows, source.dimension)
+    if not work.state.rows:  # nothing to train on: the kind is that of the next generation
+        return empty_index_of(work, source.dimension)
     vectors: VectorSource
     if options.keeps_embeddings:
         vectors = VectorsFile(work.generation / EMBEDDINGS, source.dimension, source.dtype)

@@ -19,9 +19,10 @@ else is refused with the file's name: a record that another one follows was on t
 import fcntl
 import itertools
 import os
+import shutil
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -208,6 +209,14 @@ def remove_until(collection: Path, lineage: str, applied: int) -> None:
     for path, following in itertools.pairwise(paths):
         if _first(following) <= applied + 1:
             path.unlink()
+
+
+def remove_lineages(collection: Path, kept: Collection[str]) -> None:
+    """Remove the logs of lineages that no generation goes on from any more."""
+    for folder in (collection / FOLDER).glob("*/"):
+        if folder.name not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+            log.info("changes_removed", collection=collection.name, lineage=folder.name)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from retriever_svc import ranking
 from retriever_svc.changes import Change, ChangeLog, Upsert, read_changes
 from retriever_svc.delta import Delta
 from retriever_svc.filters import Filters, Selection
-from retriever_svc.index import INDEX, Device, GpuStorage, Index, merged
+from retriever_svc.index import INDEX, Device, GpuStorage, Index, check_params_of_kind, merged
 from retriever_svc.metadata import types_of
 from retriever_svc.passages import PassageTable
 from retriever_svc.ranking import Ranked, Segment
@@ -38,6 +38,7 @@ class Collection:
         self.delta = Delta(passages, manifest.dimension)
         self.filters = Filters(passages, self.delta)
         self.applied = manifest.applied
+        self.dropped = False  # its files go: no search may begin
         self.next_id = int(passages.ids.max(initial=-1)) + 1
 
     @classmethod
@@ -112,6 +113,13 @@ class Collection:
                 f"vectors[{too_large[0]}] has norm {norms_B[too_large[0]]:.3g}: its inner products overflow float32",
                 param="vectors",
             )
+
+    def check_params(self, params: SearchParams | None) -> None:
+        """Raises: InvalidRequest: a setting that the index does not have, or will not have where there is none yet."""
+        if self.manifest.count:
+            self.index.check_params(params)
+        else:
+            check_params_of_kind(self.manifest.kind, self.manifest.dimension, params)
 
     def check_dimension(self, vectors_BD: Float32Array, param: str) -> None:
         """Raises: InvalidRequest."""

@@ -4,9 +4,11 @@ Belongs to the thread that searches.
 """
 
 from bisect import bisect_left
+from dataclasses import dataclass
 
 import faiss
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from retriever_svc.changes import Change, Upsert
@@ -16,6 +18,14 @@ from retriever_svc.passages import PassageTable
 from retriever_svc.ranking import Segment
 from shared.retrieval import Float32Array, Int64Array
 from shared.schemas import Passage
+
+
+@dataclass(frozen=True)
+class Moment:
+    """How far the changes had come: rows written, and rows buried."""
+
+    written: int
+    buried: int
 
 
 class Delta:
@@ -33,6 +43,7 @@ class Delta:
         self.max_norm = 0.0
         self.base_dead = np.zeros(len(passages), np.bool_)
         self.n_base_dead = 0
+        self._buried: list[int] = []  # rows in the order in which they died
 
     def apply(self, change: Change) -> int:
         """How many passages were replaced or deleted by it."""
@@ -44,11 +55,13 @@ class Delta:
     def _bury(self, passage_id: int) -> bool:
         row = self._rows.pop(passage_id, None)
         if row is not None:
+            self._buried.append(len(self._base) + row)  # before it is dead: see alive_at
             self._dead[row] = True
             return True
         base_row = self._base.row_of(passage_id)
         if base_row is None or self.base_dead[base_row]:
             return False
+        self._buried.append(base_row)
         self.base_dead[base_row] = True
         self.n_base_dead += 1
         return True
@@ -85,6 +98,20 @@ class Delta:
     def written(self) -> int:
         """Rows here, dead ones included."""
         return len(self._passages)
+
+    @property
+    def moment(self) -> Moment:
+        return Moment(self.written, len(self._buried))
+
+    def alive_at(self, moment: Moment) -> npt.NDArray[np.bool_]:
+        """(rows of the generation and those written by then,) Who could be found at an earlier ``moment``.
+
+        From any thread: who dies meanwhile is listed before the mask says so, and is brought back.
+        """
+        dead = np.concatenate([self.base_dead, self._dead[: moment.written]])
+        later = np.array(self._buried[moment.buried :], np.int64)
+        dead[later[later < len(dead)]] = False
+        return ~dead
 
     def table(self, first: int) -> pa.Table:
         """What filters look at of the rows from ``first`` on, where a change began; from any thread."""

@@ -43,6 +43,10 @@ class Selection:
                 self._added = np.concatenate([self._added, _evaluated(table, self.expression, self._columns)])
             return self._added
 
+    def chosen(self) -> tuple[BoolArray, BoolArray]:
+        """Of both, as they are now."""
+        return self.base, self.added()
+
 
 class Filters:
     """The conditions last used with one generation. Safe to use from several threads."""

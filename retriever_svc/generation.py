@@ -12,6 +12,7 @@
 A generation never changes once it has its name. Another one is built beside it and takes over by CURRENT.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 PASSAGES = "passages.lance"
 CURRENT = "CURRENT"
+CURRENT_LOCK = ".current-lock"
 GENERATIONS = "generations"
 
 REBUILD = "restore it from a copy, or remove the collection's folder and build it anew from its source"
@@ -91,13 +93,21 @@ def current_generation(collection: Path) -> Path:
     return folders[name]
 
 
-def set_current(collection: Path, generation: str) -> None:
-    """Make ``generation`` the one that serves: readers see the old name or the new one, never less."""
-    fresh = collection / f"{CURRENT}.new"
-    fresh.write_text(f"{generation}\n", encoding="utf-8")
-    flush(fresh)
-    fresh.replace(collection / CURRENT)
-    flush(collection)
+def set_current(collection: Path, generation: str, *, after: str | None = None) -> bool:
+    """Make ``generation`` the one that serves: readers see the old name or the new one, never less.
+
+    ``after``: only if CURRENT still names that one, and not what another process has built meanwhile; whether it did.
+    """
+    with (collection / CURRENT_LOCK).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # held for as long as the disk takes
+        if after is not None and (collection / CURRENT).read_text(encoding="utf-8").strip() != after:
+            return False
+        fresh = collection / f"{CURRENT}.new"
+        fresh.write_text(f"{generation}\n", encoding="utf-8")
+        flush(fresh)
+        fresh.replace(collection / CURRENT)
+        flush(collection)
+    return True
 
 
 def read_manifest(folder: Path) -> Manifest:

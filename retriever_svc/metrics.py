@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -28,6 +28,18 @@ class RetrieverMetrics:
         self.take_seconds = stage.labels("take")
         self._builds = Counter(
             "retriever_builds", "Generations built while serving.", ["collection", "outcome"], registry=registry
+        )
+        self.recall = Gauge(
+            "retriever_recall",
+            "Share of the true best documents that the queries compared last found.",
+            ["collection"],
+            registry=registry,
+        )
+        self.canary = Counter(
+            "retriever_canary_queries",
+            "Queries sampled for the recall: compared with exact search, skipped as others waited, or failed.",
+            ["collection", "outcome"],
+            registry=registry,
         )
 
     def watch_builds(self, collection: str) -> Callable[[str], None]:

@@ -36,7 +36,7 @@ class Record:
         self._max_norm = work.state.max_norm
         self._failure: BaseException | None = None
 
-    def finish(self) -> None:
+    def finish(self, *, may_be_empty: bool = False) -> None:
         """Raises: InvalidRequest: the source is empty, repeats an id, or has values that cannot be served."""
         if self._work.state.recorded:
             return
@@ -49,7 +49,9 @@ class Record:
             batches = self._source.clean_batches(skip=self._rows)
             for first in batches:
                 self._store(chain([first], _at_most(PIECE_ROWS - len(first), batches)))
-        if not self._rows:
+            if not self._rows and may_be_empty:
+                self._store(iter(()))
+        if not self._rows and not may_be_empty:
             raise InvalidRequest("the source has no passages", param="source")
         if repeated := first_repeated(read_ids(self._work.generation / gen.PASSAGES)):
             raise InvalidRequest("id {} stands in rows {} and {}; ids must be unique".format(*repeated), param="id")

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry
 
+from retriever_svc.canary import Canary
 from retriever_svc.catalog import Catalog
 from retriever_svc.collection import Collection
 from retriever_svc.filters import Selection
@@ -19,10 +20,10 @@ from retriever_svc.search import Call, SearchItem, run_batch
 from retriever_svc.settings import RetrieverSettings
 from retriever_svc.writer import Writer
 from shared.deadline import Deadline
-from shared.errors import DeadlineExceeded, InvalidRequest, Overloaded, StartupError, Unavailable
+from shared.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, StartupError, Unavailable
 from shared.metrics import WorkerMetrics
 from shared.retrieval import RetrieveQuery, RetrieveResult
-from shared.schemas import BuildRequest, Job
+from shared.schemas import BuildRequest, CollectionInfo, Job, NewCollection
 from shared.telemetry import current_trace, stage
 from shared.worker import DeviceWorker
 
@@ -44,8 +45,9 @@ class Retriever:
         self.jobs = Jobs()
         self._filter_threads = ThreadPoolExecutor(FILTER_THREADS, thread_name_prefix="filter")
         self._filtering = 0
+        self._canary = Canary(settings, self._metrics, self._in_worker, self._serves)
         self._worker = DeviceWorker[SearchItem | Call, Any](
-            lambda items: run_batch(items, self._metrics),
+            lambda items: run_batch(items, self._metrics, self._canary),
             name="search",
             setup=self._load,
             key=lambda item: item.key if isinstance(item, SearchItem) else id(item),
@@ -75,8 +77,10 @@ class Retriever:
     async def start(self) -> None:
         """Raises: StartupError: nothing to serve, or a collection is damaged."""
         await self._worker.start()
+        await self._canary.start()
 
     async def stop(self) -> None:
+        await self._canary.stop()
         for writer in self._writers.values():
             await writer.close()
         await self._worker.stop()
@@ -122,6 +126,27 @@ class Retriever:
             raise Unavailable(error.message) from error
         return self.collections[name]
 
+    async def create(self, asked: NewCollection) -> Collection:
+        """Make a collection without passages. Raises: InvalidRequest; Conflict: there is one. Unavailable: no disk."""
+        try:
+            return await self.catalog.create(asked, self._in_worker)
+        except OSError as error:
+            raise Unavailable(f"not created: {error}") from error
+
+    async def drop(self, name: str, *, remove_aliases: bool) -> None:
+        """Remove a collection, for good.
+
+        Raises: NotFound. Conflict: an alias stands for it, or is what is named, or a generation is being built.
+        """
+        catalog = self.catalog
+        if name in catalog.collections:
+            async with self.writer(name).ending():
+                await catalog.drop(name, self._in_worker, remove_aliases=remove_aliases)
+            del self._writers[name]
+        else:
+            await catalog.drop(name, self._in_worker, remove_aliases=remove_aliases)
+        self._canary.forget(name)
+
     def build(self, name: str, request: BuildRequest) -> Job:
         """Begin to build a generation.
 
@@ -146,6 +171,10 @@ class Retriever:
             return [self._worker.failure]
         return ["the collections are being loaded"] if self._catalog is None else []
 
+    def warnings(self) -> list[str]:
+        """What is wrong although searches are answered."""
+        return [] if self._catalog is None else self._catalog.warnings
+
     @property
     def collections(self) -> dict[str, Collection]:
         return {} if self._catalog is None else self._catalog.collections
@@ -153,6 +182,14 @@ class Retriever:
     def collection(self, name: str) -> Collection:
         """Raises: NotFound, or Unavailable while loading."""
         return self.catalog.get(name)
+
+    def info(self, collection: Collection) -> CollectionInfo:
+        """What it is, and the recall of its searches."""
+        return collection.info.model_copy(update={"recall": self._canary.recall(collection)})
+
+    def _serves(self, collection: Collection) -> bool:
+        now = self.collections.get(collection.name)
+        return now is not None and now.generation == collection.generation
 
     async def retrieve(self, query: RetrieveQuery, deadline: Deadline) -> RetrieveResult:
         """The documents of each query vector; the search may be shared with other requests.
@@ -162,9 +199,11 @@ class Retriever:
         began = time.perf_counter()
         collection = self.collection(query.collection)
         collection.check_queries(query.vectors)
-        collection.index.check_params(query.search_params)
+        collection.check_params(query.search_params)
         self._check_limits(query, collection)
         selection = None if query.filter is None else await self._selection(collection, query.filter, deadline)
+        if collection.dropped:
+            raise NotFound(f"there is no collection `{query.collection}` any more", param="collection")
         selected = {} if selection is None else {"filter": (time.perf_counter() - began) * 1e3}
         result: RetrieveResult = await self._worker.submit(SearchItem(query, collection, selection), deadline)
         total = {"total": (time.perf_counter() - began) * 1e3}

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from retriever_svc.canary import Canary
 from retriever_svc.collection import Collection
 from retriever_svc.filters import Selection
 from retriever_svc.metrics import RetrieverMetrics
@@ -50,14 +51,16 @@ class Call:
     function: Callable[[], Any]
 
 
-def run_batch(items: list[SearchItem | Call], metrics: RetrieverMetrics) -> Sequence[Any]:
+def run_batch(items: list[SearchItem | Call], metrics: RetrieverMetrics, canary: Canary | None = None) -> Sequence[Any]:
     """What the worker does: one result an item."""
     if isinstance(items[0], Call):
         return [item.function() for item in items if isinstance(item, Call)]
-    return search_batch([item for item in items if isinstance(item, SearchItem)], metrics)
+    return search_batch([item for item in items if isinstance(item, SearchItem)], metrics, canary)
 
 
-def search_batch(items: list[SearchItem], metrics: RetrieverMetrics) -> list[RetrieveResult]:
+def search_batch(
+    items: list[SearchItem], metrics: RetrieverMetrics, canary: Canary | None = None
+) -> list[RetrieveResult]:
     """The results of ``items``, all of one collection, in their order."""
     collection = items[0].collection
     vectors_BD = np.concatenate([item.query.vectors for item in items])
@@ -68,6 +71,9 @@ def search_batch(items: list[SearchItem], metrics: RetrieverMetrics) -> list[Ret
     searched = time.perf_counter()
     of_batch = iter(ranked)
     answers = [list(itertools.islice(of_batch, item.size)) for item in items]
+    if canary is not None:
+        for item, answer in zip(items, answers, strict=True):
+            canary.sample(collection, item.query, answer, item.selection)
     wanted = [
         one.rows for item, answer in zip(items, answers, strict=True) if item.query.return_passages for one in answer
     ]

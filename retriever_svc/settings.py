@@ -42,6 +42,21 @@ class RetrieverSettings(ServiceSettings):
         ge=1,
         description="Passages written or deleted since a generation, after which the next is built in the background.",
     )
+    canary_fraction: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Share of the queries that is searched again, exactly, in the background, to know the recall of "
+        "indexes that are not exact; 0: none.",
+    )
+    canary_k: int = Field(
+        default=5,
+        ge=1,
+        le=100,
+        description="Documents of a query that count for the recall, where it asks for as many.",
+    )
+    canary_window: int = Field(default=1000, ge=1, le=100_000, description="Last queries that the recall is about.")
+    canary_min_recall: float = Field(default=0.9, ge=0, le=1, description="Recall below which the log warns.")
     max_documents: int = Field(
         default=50_000, ge=1, description="Documents of one response: query vectors times n_docs."
     )

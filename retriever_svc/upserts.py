@@ -12,7 +12,7 @@ from retriever_svc.collection import Collection
 from retriever_svc.metadata import PASSAGE_COLUMNS, from_arrow, from_json
 from shared import arrow
 from shared.arrays import decode_vectors
-from shared.errors import InvalidRequest, UnsupportedMediaType
+from shared.errors import Conflict, InvalidRequest, UnsupportedMediaType
 from shared.forms import ARROW_TYPE, JSON_TYPE, media_type
 from shared.retrieval import Float32Array, Int64Array
 from shared.schemas import INT64_MAX, UpsertRequest
@@ -23,10 +23,30 @@ SQRT_MAX = float(np.sqrt(np.finfo(np.float32).max))
 
 @dataclass(frozen=True)
 class Draft:
-    """An upsert whose ids are not all known: those marked in ``unnamed`` (n,) get the next free ones."""
+    """An upsert whose ids are not all known: those marked in ``unnamed`` (n,) get the next free ones.
+
+    ``checked``: the collection that it was checked against.
+    """
 
     change: Upsert
     unnamed: npt.NDArray[np.bool_]
+    checked: Collection | None = None
+
+    def check(self, collection: Collection) -> None:
+        """Refuse what another corpus, which took over since the first check, cannot take.
+
+        Raises: Conflict.
+        """
+        if self.checked is None or self.checked is collection:
+            return
+        shapes = [
+            (one.manifest.dimension, one.manifest.dtype, one.passages.metadata) for one in (self.checked, collection)
+        ]
+        if shapes[0] != shapes[1]:
+            raise Conflict(
+                f"another generation of `{collection.name}` took over, with another dimension, dtype or other metadata "
+                "columns: look at the collection and send the passages again"
+            )
 
     def name(self, free: int) -> int:
         """Number the unnamed from ``free`` on, past those that are named; the next id that is free then.
@@ -129,4 +149,4 @@ def _checked(draft: Draft, collection: Collection) -> Draft:
             f"the embedding of passage {too_large[0]} is too large to be stored as {collection.manifest.dtype}",
             param=f"passages.{too_large[0]}.embedding",
         )
-    return Draft(replace(change, embeddings=stored), draft.unnamed)
+    return Draft(replace(change, embeddings=stored), draft.unnamed, collection)

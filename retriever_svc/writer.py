@@ -6,14 +6,16 @@ Belongs to the event loop. Changes that come while one is written share the next
 import asyncio
 import shutil
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
 from retriever_svc import generation as gen
 from retriever_svc.catalog import Catalog, InWorker
-from retriever_svc.changes import Change, ChangeLog, Delete, remove_until
+from retriever_svc.changes import Change, ChangeLog, Delete, remove_lineages, remove_until
 from retriever_svc.checkpoint import TEMPORARY
 from retriever_svc.collection import Collection
 from retriever_svc.upserts import Draft
@@ -59,6 +61,7 @@ class Writer:
         self._log: ChangeLog | None = None
         self._running: set[asyncio.Task[None]] = set()
         self._building = False
+        self._dropped = False
 
     @property
     def collection(self) -> Collection:
@@ -87,6 +90,8 @@ class Writer:
             if not group:
                 return
             try:
+                if self._dropped:
+                    raise NotFound(f"there is no collection `{self._name}` any more", param="collection")
                 await self._write_group(group)
             except BaseException as error:
                 refused = error if isinstance(error, RagError) else Unavailable(f"not stored: {error}", retry_after_s=1)
@@ -95,8 +100,9 @@ class Writer:
                         waiting.written.set_exception(refused.copy())
                 if not isinstance(error, Exception):
                     raise
-                log.exception("write_failed", collection=self._name)
-        if self.collection.delta.size >= self._rebuild_after and not self._building:
+                if not isinstance(error, NotFound):
+                    log.exception("write_failed", collection=self._name)
+        if not self._dropped and self.collection.delta.size >= self._rebuild_after and not self._building:
             self._start(self._rebuild_quietly())
 
     async def _write_group(self, group: list[_Waiting]) -> None:
@@ -105,8 +111,9 @@ class Writer:
         for waiting in list(group):
             if isinstance(waiting.request, Draft):
                 try:
+                    waiting.request.check(collection)
                     free = waiting.request.name(free)
-                except InvalidRequest as error:
+                except (Conflict, InvalidRequest) as error:
                     waiting.written.set_exception(error)
                     group.remove(waiting)
         if not group:
@@ -134,8 +141,6 @@ class Writer:
         """Raises: Conflict: one is running."""
         if self._building:
             raise Conflict(f"a generation of `{self._name}` is being built already")
-        if not self.collection.count:
-            raise Conflict(f"collection `{self._name}` is empty: there is nothing to build")
         self._building = True
 
     async def build(self, request: BuildRequest) -> str:
@@ -148,7 +153,7 @@ class Writer:
                 if self._log is not None:
                     self._log.roll()
             name = await self._built(collection, upto, request)
-            await self._take_over(name)
+            await self._take_over(name, after=collection.generation)
             await asyncio.to_thread(self._prune)
             outcome = "done"
             return name
@@ -164,11 +169,16 @@ class Writer:
             "-m",
             "retriever_svc.rebuild",
             *arguments,
+            stdin=asyncio.subprocess.PIPE,  # it ends when this end does
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
         try:
-            out, err = await process.communicate()
+            assert process.stdout is not None  # noqa: S101
+            assert process.stderr is not None  # noqa: S101
+            # Not `communicate`, which closes the other end of its input.
+            out, err = await asyncio.gather(process.stdout.read(), process.stderr.read())
+            await process.wait()
         except BaseException:
             process.kill()
             raise
@@ -201,14 +211,21 @@ class Writer:
         current = await asyncio.to_thread(gen.current_generation, self.collection.folder)
         if current.name != self.collection.generation:
             await self._take_over(current.name)
+            await asyncio.to_thread(self._prune)
 
-    async def _take_over(self, generation: str) -> None:
-        """Load ``generation`` beside what serves, then swap: requests in flight end with what they began with."""
+    async def _take_over(self, generation: str, *, after: str | None = None) -> None:
+        """Load ``generation`` beside what serves, then swap: requests in flight end with what they began with.
+
+        ``after``: the next start serves it only if CURRENT names that one, and not what somebody has built meanwhile.
+
+        Raises: Unavailable: it is damaged.
+        """
         old = self.collection
         fresh = await self._catalog.load(old.folder, generation, self._in_worker)
         async with self._lock:
             await asyncio.to_thread(fresh.catch_up)  # what was written while it was built and loaded
-            await asyncio.to_thread(gen.set_current, old.folder, generation)
+            if not await asyncio.to_thread(partial(gen.set_current, old.folder, generation, after=after)):
+                log.warning("another_build_is_current", collection=self._name, generation=generation)
             if self._log is not None and fresh.manifest.lineage != old.manifest.lineage:
                 self._log.close()
                 self._log = None
@@ -229,6 +246,7 @@ class Writer:
         lineage = self.collection.manifest.lineage
         applied = [manifest.applied for _, manifest in self.generations() if manifest.lineage == lineage]
         remove_until(self.collection.folder, lineage, min(applied))
+        remove_lineages(self.collection.folder, {manifest.lineage for _, manifest in self.generations()})
 
     async def _rebuild_quietly(self) -> None:
         try:
@@ -238,6 +256,25 @@ class Writer:
             return
         except Exception:
             log.exception("rebuild_failed", collection=self._name)
+
+    @asynccontextmanager
+    async def ending(self) -> AsyncIterator[None]:
+        """While the collection is dropped: no change is written, and none after that.
+
+        Raises: Conflict: a generation is being built.
+        """
+        async with self._lock:
+            if self._building:
+                raise Conflict(f"a generation of `{self._name}` is being built", param="collection")
+            self._building = self._dropped = True
+            try:
+                yield
+            except BaseException:
+                self._building = self._dropped = False
+                raise
+            if self._log is not None:
+                self._log.close()
+                self._log = None
 
     async def close(self) -> None:
         """Finish what was taken."""

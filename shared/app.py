@@ -52,6 +52,7 @@ def create_base_app(
     readiness: Callable[[], list[str]],
     info: Callable[[], ServiceInfo],
     open_paths: Collection[str] = (),
+    warnings: Callable[[], list[str]] = list,
 ) -> FastAPI:
     """An app with everything but the routes of the service.
 
@@ -59,6 +60,7 @@ def create_base_app(
         lifespan: starts and stops what the service needs; ``app.state.registry`` is there for its metrics.
         readiness: why the service cannot answer now, one line a cause; empty when it can.
         info: the answer of ``/info``.
+        warnings: what is wrong although the service can answer, one line each.
         open_paths: paths that need no key besides ``/livez``, ``/readyz`` and ``/metrics``.
     """
     tracing = Tracing(settings, service)
@@ -109,7 +111,7 @@ def create_base_app(
             expose_headers=["X-Request-ID", "Retry-After"],
         )
     app.add_middleware(SecurityHeaders)
-    _add_operational_routes(app, registry, problems, info)
+    _add_operational_routes(app, registry, problems, info, warnings=warnings)
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -137,6 +139,8 @@ def _add_operational_routes(
     registry: CollectorRegistry,
     problems: Callable[[], list[str]],
     info: Callable[[], ServiceInfo],
+    *,
+    warnings: Callable[[], list[str]],
 ) -> None:
     @app.get("/livez", tags=["operation"])
     async def livez() -> Health:
@@ -152,7 +156,7 @@ def _add_operational_routes(
     async def readyz() -> Response:
         """Whether a request can be answered now."""
         reasons = problems()
-        health = Health(status="unavailable" if reasons else "ok", reasons=reasons)
+        health = Health(status="unavailable" if reasons else "ok", reasons=reasons, warnings=warnings())
         return JSONResponse(
             health.model_dump(), 503 if reasons else 200, headers={"Retry-After": "1"} if reasons else None
         )

@@ -1,7 +1,7 @@
 """The faiss index of a generation: its kinds, how it is built, and how it is searched."""
 
-from retriever_svc.index.building import EMBEDDINGS, INDEX, build_index, take_index
-from retriever_svc.index.faiss_index import CUDA_MAX_HITS, Device, GpuStorage, Index, use_threads
+from retriever_svc.index.building import EMBEDDINGS, INDEX, build_index, empty_index_of, take_index
+from retriever_svc.index.faiss_index import CUDA_MAX_HITS, Device, GpuStorage, Index, check_params_of_kind, use_threads
 from retriever_svc.index.kinds import FLAT, PRESETS, Recipe, merged, recipe
 
 __all__ = [
@@ -15,6 +15,8 @@ __all__ = [
     "Index",
     "Recipe",
     "build_index",
+    "check_params_of_kind",
+    "empty_index_of",
     "merged",
     "recipe",
     "take_index",

@@ -49,6 +49,13 @@ def build_index(work: Work, vectors: VectorSource, settled: Recipe, progress: Pr
     _Building(work, vectors, progress or (lambda *_: None)).run(settled)
 
 
+def empty_index_of(work: Work, dimension: int) -> str:
+    """Write the index of no vectors; says what it is."""
+    faiss.write_index(faiss.IndexFlatIP(dimension), str(work.path / FINISHED))
+    work.save(describe_files(work.path, [FINISHED]))
+    return "Flat"
+
+
 def take_index(work: Work, path: Path, count: int, dimension: int) -> str:
     """Serve an index of others over the same rows; says what it is.
 

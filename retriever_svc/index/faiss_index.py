@@ -16,7 +16,7 @@ import structlog
 from retriever_svc.index import cagra
 from retriever_svc.index.building import EMBEDDINGS, INDEX
 from retriever_svc.index.huge_pages import to_huge_pages
-from retriever_svc.index.kinds import checked, core_of, reason_of
+from retriever_svc.index.kinds import checked, core_of, empty_index, reason_of, recipe
 from retriever_svc.index.vectors import MappedVectors
 from shared.errors import InvalidRequest, StartupError
 from shared.retrieval import Float32Array, Int64Array
@@ -106,7 +106,7 @@ class Index:
             raise StartupError(f"{folder / EMBEDDINGS} is missing: {path} does not hold the embeddings; rebuild it")
         if len(vectors) != host.ntotal:
             raise StartupError(f"{folder / EMBEDDINGS} holds {len(vectors)} rows, {path} {host.ntotal}; rebuild them")
-        cuda = device != "cpu" and gpus > 0
+        cuda = device != "cpu" and gpus > 0 and host.ntotal > 0
         if not cuda:
             log.info("huge_pages", bytes=to_huge_pages(host))
         return cls(host, vectors, cuda=cuda, gpu_storage=gpu_storage)
@@ -141,15 +141,7 @@ class Index:
 
     def check_params(self, params: SearchParams | None) -> None:
         """Raises: InvalidRequest: a setting that an index of this kind does not have."""
-        if params is None:
-            return
-        for name, kind in (("nprobe", faiss.IndexIVF), ("ef_search", faiss.IndexHNSW)):
-            if getattr(params, name) is not None and not isinstance(self._core, kind):
-                raise InvalidRequest(
-                    f"the collection's index ({type(self._core).__name__}) has no {name}", param=f"search_params.{name}"
-                )
-        if params.over_fetch is not None and self.exact:
-            raise InvalidRequest("the index is exact: nothing is fetched over", param="search_params.over_fetch")
+        check_params(self._core, params, exact=self.exact)
 
     def search(
         self, queries_BD: Float32Array, k: int, params: SearchParams | None = None, chosen: BoolArray | None = None
@@ -194,9 +186,28 @@ class Index:
             return params.model_copy(update={"ef_search": 4 * (params.ef_search or 1)})
         return None
 
-    def embeddings(self, rows_K: Int64Array) -> Float32Array:
-        """The true embeddings of ``rows_K``: (K, D), a copy. Half precision widens to float32 without loss."""
+    def embeddings(self, rows_K: Int64Array | slice) -> Float32Array:
+        """The true embeddings of ``rows_K``: (K, D). Half precision widens to float32 without loss."""
         return self._vectors[rows_K]
+
+
+def check_params(core: Any, params: SearchParams | None, *, exact: bool) -> None:
+    """Raises: InvalidRequest: a setting that a faiss index of this class does not have."""
+    if params is None:
+        return
+    for name, kind in (("nprobe", faiss.IndexIVF), ("ef_search", faiss.IndexHNSW)):
+        if getattr(params, name) is not None and not isinstance(core, kind):
+            raise InvalidRequest(
+                f"the collection's index ({type(core).__name__}) has no {name}", param=f"search_params.{name}"
+            )
+    if params.over_fetch is not None and exact:
+        raise InvalidRequest("the index is exact: nothing is fetched over", param="search_params.over_fetch")
+
+
+def check_params_of_kind(kind: str, dimension: int, params: SearchParams | None) -> None:
+    """As :func:`check_params`, of what a kind will be. Raises: InvalidRequest: also where there is no such kind."""
+    core = core_of(empty_index(recipe(kind, dimension, 1).factory, dimension))
+    check_params(core, params, exact=isinstance(core, faiss.IndexFlat))
 
 
 def use_threads(threads: int) -> int:

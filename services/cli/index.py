@@ -201,6 +201,64 @@ def delete(
 
 
 @app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="The collection.")],
+    *,
+    dimension: Annotated[int, typer.Option(min=1, help="Of the embeddings.")],
+    checkpoint: Checkpoint = None,
+    fingerprint: Fingerprint = None,
+    kind: Kind = "flat",
+    dtype: Annotated[str, typer.Option(help="float16 or float32, of the stored embeddings.")] = "float16",
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option(help="A column as `year=integer`; string, integer, float, boolean, date, timestamp. Repeatable."),
+    ] = None,
+    search_params: SearchParams = None,
+    retriever_url: RetrieverUrl = DEFAULT_RETRIEVER_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Make a collection without passages on a retriever that runs, to be filled with `rag index add` or over REST.
+
+    **Example**
+
+    - `rag index create news --dimension 768 --checkpoint facebook/rag-token-nq --kind hnsw --metadata year=integer`
+    """
+    columns: dict[str, Any] = {}
+    for column in metadata or []:
+        title, separator, type_ = column.rpartition("=")
+        if not separator:
+            raise typer.BadParameter(f"{column!r} is not of the form name=type", param_hint="--metadata")
+        columns[title] = type_
+    options: dict[str, Any] = {"kind": kind, "dtype": dtype, "metadata": columns}
+    if (params := _params(search_params)) is not None:
+        options["search_params"] = params
+    with connect(retriever_url, api_key, retriever_url) as client:
+        made = client.create_collection(
+            name, dimension=dimension, encoder=fingerprint or _space_of(checkpoint), **options
+        )
+    print(f"{made.name}: empty, {made.kind}, {made.dimension} numbers of {made.dtype} a passage")
+
+
+@app.command()
+def drop(
+    name: Annotated[str, typer.Argument(help="The collection.")],
+    *,
+    remove_aliases: Annotated[
+        bool, typer.Option("--remove-aliases", help="And the aliases that stand for it.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    retriever_url: RetrieverUrl = DEFAULT_RETRIEVER_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Remove a collection from a retriever that runs: its passages, its generations, everything, for good."""
+    if not yes:
+        typer.confirm(f"Remove the collection `{name}` at {retriever_url} for good?", abort=True)
+    with connect(retriever_url, api_key, retriever_url) as client:
+        client.drop_collection(name, remove_aliases=remove_aliases)
+    print(f"{name} is removed")
+
+
+@app.command()
 def plan(
     passages: Annotated[int, typer.Argument(min=1, help="How many.")],
     *,
@@ -326,17 +384,21 @@ def _collection(data_dir: Path, name: str) -> Path:
 
 
 def _options(kind: str, search_params: str | None, index_file: Path | None = None) -> Any:
+    from retriever_svc.build import Options
+
+    return Options(kind=kind, search_params=_params(search_params), index_file=index_file)
+
+
+def _params(said: str | None) -> Any:
     from pydantic import ValidationError
 
-    from retriever_svc.build import Options
     from shared.schemas import SearchParams
     from shared.validation import refusal_of
 
     try:
-        params = None if search_params is None else SearchParams.model_validate_json(search_params)
+        return None if said is None else SearchParams.model_validate_json(said)
     except ValidationError as refused:
         raise refusal_of(refused, within="search_params") from None
-    return Options(kind=kind, search_params=params, index_file=index_file)
 
 
 def _space_of(checkpoint: str | None) -> str:

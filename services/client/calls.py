@@ -14,7 +14,14 @@ import pyarrow as pa
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from services.client.options import AnswerOptions, EncodeOptions, RetrieveOptions, ScoreOptions, SearchOptions
+from services.client.options import (
+    AnswerOptions,
+    CollectionOptions,
+    EncodeOptions,
+    RetrieveOptions,
+    ScoreOptions,
+    SearchOptions,
+)
 from shared.arrow import write_stream
 from shared.errors import RagError, Unavailable, UpstreamError, error_from_wire
 from shared.retrieval import RetrieveQuery, RetrieveResult
@@ -27,6 +34,7 @@ from shared.schemas import (
     EncodeRequest,
     EncodeResponse,
     Health,
+    NewCollection,
     Request,
     ScoreRequest,
     ScoreResponse,
@@ -64,7 +72,7 @@ class Unreachable(Unavailable):
 @dataclass(frozen=True)
 class Call(Generic[T]):
     service: Service
-    method: Literal["GET", "POST"]
+    method: Literal["GET", "POST", "DELETE"]
     path: str
     parse: Callable[[httpx.Response], T]
     content: bytes | None = None
@@ -128,6 +136,20 @@ def delete(collection: str, ids: Sequence[int]) -> Call[Written]:
 
 def reload(collection: str) -> Call[CollectionInfo]:
     return Call("retriever", "POST", f"/v1/collections/{collection}/reload", _model(CollectionInfo))
+
+
+def create_collection(name: str, dimension: int, encoder: str, options: CollectionOptions) -> Call[CollectionInfo]:
+    try:
+        asked = NewCollection(name=name, dimension=dimension, encoder=encoder, **options)
+    except ValidationError as refused:
+        raise refusal_of(refused) from None
+    content = asked.model_dump_json(exclude_unset=True).encode()
+    return Call("retriever", "POST", "/v1/collections", _model(CollectionInfo), content, {"Content-Type": JSON_TYPE})
+
+
+def drop_collection(name: str, *, remove_aliases: bool) -> Call[None]:
+    path = f"/v1/collections/{name}" + ("?remove_aliases=true" if remove_aliases else "")
+    return Call("retriever", "DELETE", path, lambda _: None)
 
 
 def collections() -> Call[list[CollectionInfo]]:

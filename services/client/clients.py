@@ -11,7 +11,14 @@ import pyarrow as pa
 from services.client import calls
 from services.client.calls import Call, Service, Vectors
 from services.client.events import EventReader, StreamEvent
-from services.client.options import AnswerOptions, EncodeOptions, RetrieveOptions, ScoreOptions, SearchOptions
+from services.client.options import (
+    AnswerOptions,
+    CollectionOptions,
+    EncodeOptions,
+    RetrieveOptions,
+    ScoreOptions,
+    SearchOptions,
+)
 from shared.errors import DeadlineExceeded, RagError
 from shared.retrieval import RetrieveResult
 from shared.schemas import (
@@ -149,6 +156,16 @@ class RagClient(_Client):
         """Serve what `rag index` has made of a collection since the retriever started."""
         return self._send(calls.reload(collection))
 
+    def create_collection(
+        self, name: str, *, dimension: int, encoder: str, **options: Unpack[CollectionOptions]
+    ) -> CollectionInfo:
+        """Make a collection without passages; ``encoder``: fingerprint of the question encoder it is for."""
+        return self._send(calls.create_collection(name, dimension, encoder, options))
+
+    def drop_collection(self, name: str, *, remove_aliases: bool = False) -> None:
+        """Remove a collection, for good; refused while an alias stands for it, unless those are to go, too."""
+        self._send(calls.drop_collection(name, remove_aliases=remove_aliases))
+
     def collections(self) -> list[CollectionInfo]:
         """What the retriever serves."""
         return self._send(calls.collections())
@@ -247,6 +264,14 @@ class AsyncRagClient(_Client):
 
     async def reload(self, collection: str = "default") -> CollectionInfo:
         return await self._send(calls.reload(collection))
+
+    async def create_collection(
+        self, name: str, *, dimension: int, encoder: str, **options: Unpack[CollectionOptions]
+    ) -> CollectionInfo:
+        return await self._send(calls.create_collection(name, dimension, encoder, options))
+
+    async def drop_collection(self, name: str, *, remove_aliases: bool = False) -> None:
+        await self._send(calls.drop_collection(name, remove_aliases=remove_aliases))
 
     async def collections(self) -> list[CollectionInfo]:
         return await self._send(calls.collections())

@@ -58,9 +58,13 @@ def test_a_seed_that_is_gone_leaves_what_was_made_of_it(data_dir: Path, seed: Pa
     assert generation(data_dir, seed) == before
 
 
-def test_no_collection_and_no_seed_says_what_to_do(data_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(StartupError, match="`make demo-model`"):
-        Catalog.open(data_dir, seed=tmp_path / "absent.parquet", device="cpu")
+def test_no_collection_and_no_seed_is_an_empty_service_that_says_what_to_do(data_dir: Path, tmp_path: Path) -> None:
+    catalog = Catalog.open(data_dir, seed=tmp_path / "absent.parquet", device="cpu")
+    assert catalog.collections == {}
+    (warning,) = catalog.warnings
+    assert "create one" in warning
+    assert str(data_dir) in warning
+    assert "RETRIEVER_SEED" in warning
 
 
 def test_a_seed_that_cannot_be_used_is_named(data_dir: Path, seed: Path) -> None:
