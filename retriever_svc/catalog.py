@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from retriever_svc import generation as gen
 from retriever_svc.collection import Collection
 from retriever_svc.empty import create_empty, remove_left, take_away
-from retriever_svc.index import Device, GpuStorage
+from retriever_svc.index import Device, GpuStorage, goes_to_gpu
 from retriever_svc.seed import DEFAULT, seed_default
 from shared.errors import Conflict, NotFound, StartupError, Unavailable
 from shared.schemas import NewCollection
@@ -208,8 +208,7 @@ class Catalog:
             except StartupError as error:
                 raise Unavailable(error.message) from error
 
-        on_gpu = any(collection.index.device != "cpu" for collection in self.collections.values())
-        collection = await (in_worker(opened) if on_gpu else asyncio.to_thread(opened))
+        collection = await (in_worker(opened) if goes_to_gpu(self._device) else asyncio.to_thread(opened))
         await in_worker(collection.warm_up)
         return collection
 

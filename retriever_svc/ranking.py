@@ -146,6 +146,12 @@ class _Scope:
         rows_K = rows_K[rows_K >= 0]
         return _Hits(rows_K if self.allowed is None else rows_K[self.allowed[rows_K]], unseen, more)
 
+    def selected(self, query_D: Float32Array, width: int, params: SearchParams) -> _Hits:
+        """Candidates among the rows that may be returned, of an index that is told which; a GPU's, on the host."""
+        k = min(max(width, width * (params.over_fetch or 1)), self.count)
+        _, rows_BK = self.index.search(query_D[np.newaxis], k, params, self.allowed)
+        return _Hits(rows_BK[0][rows_BK[0] >= 0])
+
     def compared(self, query_D: Float32Array, width: int) -> _Hits:
         """The best rows by comparing all of them."""
         best_rows, best_scores = np.empty(0, np.int64), np.empty(0, np.float32)
@@ -189,7 +195,7 @@ def search(
             more = any(found.more for found in of_query)
             if len(ranked[b].rows) < min(n_docs[b], available):
                 if not more and (wider := wider or _wider(scopes, params)) is None:
-                    ranked[b] = _compared(scopes, queries_BD[b], n_docs[b], ranked[b])
+                    ranked[b] = _compared(scopes, queries_BD[b], n_docs[b], ranked[b], params)
                     continue
                 unsettled.append(b)
             elif (
@@ -216,10 +222,17 @@ def _wider(scopes: Sequence[_Scope], params: SearchParams) -> SearchParams | Non
     return wider[0] if wider else None
 
 
-def _compared(scopes: Sequence[_Scope], query_D: Float32Array, n_docs: int, fallback: Ranked) -> Ranked:
-    if sum(scope.count for scope in scopes) > COMPARABLE_ROWS:
+def _compared(
+    scopes: Sequence[_Scope], query_D: Float32Array, n_docs: int, fallback: Ranked, params: SearchParams
+) -> Ranked:
+    width = n_docs + SPARE_HITS
+    if sum(scope.count for scope in scopes) <= COMPARABLE_ROWS:
+        rows = [scope.compared(query_D, width).rows for scope in scopes]
+    elif all(scope.index.selects for scope in scopes):
         return fallback
-    return _rerank(scopes, query_D, [scope.compared(query_D, n_docs + SPARE_HITS).rows for scope in scopes], n_docs)
+    else:
+        rows = [scope.selected(query_D, width, params).rows for scope in scopes]
+    return _rerank(scopes, query_D, rows, n_docs)
 
 
 def _rerank(scopes: Sequence[_Scope], query_D: Float32Array, rows: Sequence[Int64Array], n_docs: int) -> Ranked:

@@ -100,10 +100,22 @@ def restore_snapshot(source: str, collection: Path, progress: Progress | None = 
 
 
 def _opened(where: str) -> tuple[pa.fs.FileSystem, str]:
-    if "://" in where:
+    """Arrow's own file systems (file, s3, gs, hdfs), and any of fsspec's where that is installed (abfs, memory, …)."""
+    if "://" not in where:
+        return pa.fs.LocalFileSystem(), str(Path(where).resolve())
+    try:
         system, base = pa.fs.FileSystem.from_uri(where)
-        return system, base.rstrip("/")
-    return pa.fs.LocalFileSystem(), str(Path(where).resolve())
+    except pa.ArrowInvalid as unknown:
+        if "Unrecognized filesystem" not in str(unknown):
+            raise
+        try:
+            from fsspec.core import url_to_fs  # noqa: PLC0415  not among what this package needs
+
+            found, base = url_to_fs(where)
+        except (ImportError, ValueError) as error:
+            raise OSError(f"{unknown}; {error}") from error
+        system = pa.fs.PyFileSystem(pa.fs.FSSpecHandler(found))
+    return system, base.rstrip("/")
 
 
 def _copied(read: object, write: object) -> str:

@@ -79,6 +79,9 @@ class Writer:
         # Whoever asked may go away; a change that was taken is finished.
         return await asyncio.shield(waiting.written)
 
+    def _gone(self) -> NotFound:
+        return NotFound(f"there is no collection `{self._name}` any more", param="collection")
+
     def _start(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.create_task(work)
         self._running.add(task)
@@ -91,7 +94,7 @@ class Writer:
                 return
             try:
                 if self._dropped:
-                    raise NotFound(f"there is no collection `{self._name}` any more", param="collection")
+                    raise self._gone()
                 await self._write_group(group)
             except BaseException as error:
                 refused = error if isinstance(error, RagError) else Unavailable(f"not stored: {error}", retry_after_s=1)
@@ -218,11 +221,13 @@ class Writer:
 
         ``after``: the next start serves it only if CURRENT names that one, and not what somebody has built meanwhile.
 
-        Raises: Unavailable: it is damaged.
+        Raises: Unavailable: it is damaged. NotFound: the collection was dropped meanwhile.
         """
         old = self.collection
         fresh = await self._catalog.load(old.folder, generation, self._in_worker)
         async with self._lock:
+            if self._dropped:
+                raise self._gone()
             await asyncio.to_thread(fresh.catch_up)  # what was written while it was built and loaded
             if not await asyncio.to_thread(partial(gen.set_current, old.folder, generation, after=after)):
                 log.warning("another_build_is_current", collection=self._name, generation=generation)

@@ -3,7 +3,7 @@
 ``python -m tests.crash 200 --seed 7`` kills so many times. What is killed:
 
     all            the service and whatever it started
-    service        the service alone: a build that it started goes on without it
+    service        the service alone: a build that it started ends by itself
     build          the build alone: the service lives on, its job fails, the next one succeeds
     foreground     a build_collection that somebody runs
 

@@ -55,7 +55,7 @@ class Index:
 
     Attributes:
         exact: it compares every vector in float32, so that it errs by rounding alone.
-        selects: it can search among chosen rows only.
+        selects: it can search among chosen rows as quickly as among all.
         max_hits: the most hits of one search.
     """
 
@@ -83,8 +83,7 @@ class Index:
 
         Raises: StartupError: no GPU where one is demanded, or a file that holds nothing that can be served.
         """
-        gpus = faiss.get_num_gpus()
-        if device == "cuda" and not gpus:
+        if device == "cuda" and not goes_to_gpu(device):
             raise StartupError(
                 "RETRIEVER_DEVICE is `cuda`, but faiss sees no GPU: install faiss-gpu and look at `nvidia-smi`, "
                 "or set it to `auto`"
@@ -106,7 +105,7 @@ class Index:
             raise StartupError(f"{folder / EMBEDDINGS} is missing: {path} does not hold the embeddings; rebuild it")
         if len(vectors) != host.ntotal:
             raise StartupError(f"{folder / EMBEDDINGS} holds {len(vectors)} rows, {path} {host.ntotal}; rebuild them")
-        cuda = device != "cpu" and gpus > 0 and host.ntotal > 0
+        cuda = goes_to_gpu(device) and host.ntotal > 0
         if not cuda:
             log.info("huge_pages", bytes=to_huge_pages(host))
         return cls(host, vectors, cuda=cuda, gpu_storage=gpu_storage)
@@ -149,12 +148,13 @@ class Index:
         """The ``k`` best rows of each query, best first: scores as faiss computes them (B, k), rows (B, k).
 
         ``k`` is at most ``max_hits``. Row -1 where an index that is not exact found no more. ``chosen`` (count,):
-        search among these rows only; of an index that ``selects``.
+        search among these rows only, and for as many as there are; for an index on a GPU its copy on the host does it.
         """
         # A global of faiss, in queries times dimension: set for every search, since collections differ in dimension.
         faiss.cvar.distance_compute_blas_threshold = BLAS_FROM_QUERIES * self.dimension
         queries_BD = np.ascontiguousarray(queries_BD)
-        scores_BK, rows_BK = self._searcher.search(queries_BD, k, params=self._parameters(k, params, chosen))
+        searcher = self._searcher if chosen is None else self._host
+        scores_BK, rows_BK = searcher.search(queries_BD, k, params=self._parameters(k, params, chosen))
         return scores_BK, rows_BK
 
     def _parameters(self, k: int, params: SearchParams | None, chosen: BoolArray | None) -> Any:
@@ -189,6 +189,11 @@ class Index:
     def embeddings(self, rows_K: Int64Array | slice) -> Float32Array:
         """The true embeddings of ``rows_K``: (K, D). Half precision widens to float32 without loss."""
         return self._vectors[rows_K]
+
+
+def goes_to_gpu(device: Device) -> bool:
+    """Whether an index that can is searched on a GPU."""
+    return device != "cpu" and faiss.get_num_gpus() > 0
 
 
 def check_params(core: Any, params: SearchParams | None, *, exact: bool) -> None:

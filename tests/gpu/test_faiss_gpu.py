@@ -45,10 +45,47 @@ def both(
 
 
 def search(
-    index: Index, ids: np.ndarray, largest_norm: float, queries_BD: np.ndarray, n_docs: list[int]
+    index: Index,
+    ids: np.ndarray,
+    largest_norm: float,
+    queries_BD: np.ndarray,
+    n_docs: list[int],
+    *,
+    dead: np.ndarray | None = None,
 ) -> list[Ranked]:
     params = PRESETS["ivf-pq"].params(index.count)
-    return ranking.search([Segment(0, index, ids, largest_norm)], queries_BD, n_docs, params)
+    return ranking.search([Segment(0, index, ids, largest_norm, dead)], queries_BD, n_docs, params)
+
+
+@pytest.mark.parametrize("kind", PRESETS)
+@pytest.mark.parametrize("share_dead", [0.001, 0.02, 0.5])
+def test_what_was_deleted_is_masked_at_once_and_fetched_over(kind: str, share_dead: float, tmp_path: Path) -> None:
+    """20, 400 and 10 000 of them: within what the GPU fetches over, and beyond it."""
+    embeddings_ND = random_embeddings(N, D)
+    cpu, gpu = both(embeddings_ND, tmp_path, kind=kind)
+    dead = np.random.default_rng(3).random(N) < share_dead
+    args = (np.arange(N), max_norm(embeddings_ND), random_embeddings(16, D, seed=1), [5] * 16)
+    pairs = list(zip(search(gpu, *args, dead=dead), search(cpu, *args, dead=dead), strict=True))
+    for on_gpu, _ in pairs:
+        assert len(on_gpu.rows) == 5
+        assert not dead[on_gpu.rows].any()
+    shared = sum(len(set(on_gpu.rows) & set(on_cpu.rows)) for on_gpu, on_cpu in pairs)
+    assert shared >= (1 if kind == "flat" else 0.97) * 5 * len(pairs)
+
+
+@pytest.mark.parametrize("comparable", [0, ranking.COMPARABLE_ROWS])
+def test_where_everything_near_was_deleted_the_lists_are_full(
+    comparable: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than the GPU can fetch over: all rows are compared, or its copy on the host is told which are alive."""
+    monkeypatch.setattr(ranking, "COMPARABLE_ROWS", comparable)
+    embeddings_ND, query_D = random_embeddings(N, D), random_embeddings(1, D, seed=1)[0]
+    _, gpu = both(embeddings_ND, tmp_path, kind="ivf-flat")
+    dead = np.zeros(N, np.bool_)
+    dead[np.argsort(-(embeddings_ND @ query_D))[: N // 2]] = True
+    (found,) = search(gpu, np.arange(N), max_norm(embeddings_ND), query_D[np.newaxis], [20], dead=dead)
+    assert len(found.rows) == 20
+    assert not dead[found.rows].any()
 
 
 @pytest.mark.parametrize("kind", [name for name in PRESETS if name != "flat"])

@@ -35,6 +35,11 @@ def clustered(n: int, dimension: int, seed: int) -> np.ndarray:
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
+def limit(index: Index) -> None:
+    """As on a GPU: it cannot be told where to look, and gives so many hits at most."""
+    index.selects, index.max_hits = False, min(index.count, 300)
+
+
 def is_true(found: Ranked, query_D: np.ndarray, embeddings_ND: np.ndarray, ids_N: np.ndarray) -> None:
     """Distinct documents with their own embeddings and exact scores, in order."""
     assert len(set(found.rows.tolist())) == len(found.rows)
@@ -55,6 +60,7 @@ def is_true(found: Ranked, query_D: np.ndarray, embeddings_ND: np.ndarray, ids_N
     n_docs=st.integers(1, 40),
     dtype=st.sampled_from(["float32", "float16"]),
     tied=st.booleans(),
+    as_gpu=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_whatever_was_deleted_added_or_chosen_the_lists_are_true_and_full(
@@ -68,6 +74,7 @@ def test_whatever_was_deleted_added_or_chosen_the_lists_are_true_and_full(
     n_docs: int,
     dtype: str,
     tied: bool,
+    as_gpu: bool,
     seed: int,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
@@ -75,6 +82,8 @@ def test_whatever_was_deleted_added_or_chosen_the_lists_are_true_and_full(
     all_ND = make(n + n_added, 8, dtype=dtype, seed=seed)
     ids = dice.permutation(10 * len(all_ND))[: len(all_ND)].astype(np.int64)
     index, params = built(tmp_path_factory.mktemp("index"), all_ND[:n], kind, dtype)
+    if as_gpu:
+        limit(index)
     dead = dice.random(len(all_ND)) < share_dead
     chosen = None if share_chosen is None else dice.random(len(all_ND)) < share_chosen
     segments = [Segment(0, index, ids[:n], max_norm(all_ND[:n]), dead[:n] if share_dead else None)]
@@ -96,6 +105,26 @@ def test_whatever_was_deleted_added_or_chosen_the_lists_are_true_and_full(
             scores = inner_products(query_D, all_ND[rows].astype(np.float32))
             best = rows[np.lexsort((ids[rows], -scores))][:n_docs]
             assert ranked.rows.tolist() == best.tolist()
+
+
+@pytest.mark.parametrize("kind", PRESETS)
+@pytest.mark.parametrize("comparable", [0, ranking.COMPARABLE_ROWS])
+def test_lists_are_full_where_everything_near_was_deleted_and_the_index_cannot_be_told(
+    kind: str, comparable: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More deletions around the query than a GPU fetches over, in a collection too large to compare all of it."""
+    monkeypatch.setattr(ranking, "COMPARABLE_ROWS", comparable)
+    embeddings_ND = random_embeddings(3000, 8)
+    query_D = random_embeddings(1, 8, seed=1)[0]
+    index, params = built(tmp_path, embeddings_ND, kind)
+    limit(index)
+    dead = np.zeros(3000, np.bool_)
+    dead[np.argsort(-(embeddings_ND @ query_D))[:1500]] = True
+    segments = [Segment(0, index, np.arange(3000), max_norm(embeddings_ND), dead)]
+    (found,) = ranking.search(segments, query_D[np.newaxis], [20], params)
+    is_true(found, query_D, embeddings_ND, np.arange(3000))
+    assert len(found.rows) == 20
+    assert not dead[found.rows].any()
 
 
 @pytest.mark.parametrize("kind", PRESETS.values(), ids=PRESETS)
