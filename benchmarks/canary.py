@@ -97,9 +97,9 @@ def main() -> None:
     finally:
         for service in services.values():
             service.end()
-    for fraction, row in rows.items():
+    for named, row in rows.items():
         ratio = row["p99_ms"] / rows["0.0"]["p99_ms"]
-        print(f"fraction {fraction}: p50 {row['p50_ms']} ms, p99 {row['p99_ms']} ms ({ratio:.2f} of none), {row}")
+        print(f"fraction {named}: p50 {row['p50_ms']} ms, p99 {row['p99_ms']} ms ({ratio:.2f} of none), {row}")
     about = {"processor": processor(), "kind": KIND, "passages": options.passages, "dimension": options.dimension}
     RESULTS.write_text(json.dumps({**about, "fractions": rows, "recall": recall}, indent=2) + "\n")
 

@@ -1,7 +1,7 @@
 """Collections that are made without passages, filled, built, and removed, over HTTP."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,11 @@ from retriever_svc.collection import Collection
 from retriever_svc.empty import LEAVING
 from retriever_svc.index import PRESETS
 from retriever_svc.settings import RetrieverSettings
+from services.cli import main
+from services.client import AsyncRagClient, RagClient
+from shared.errors import Conflict, InvalidRequest, NotFound
 from tests.retriever_data import ENCODER, brute_force, passage_table, random_embeddings, source_of
+from tests.serving import served
 
 N, D = 300, 6
 NEW = {"name": "news", "dimension": D, "encoder": ENCODER}
@@ -242,3 +246,63 @@ async def test_what_a_removal_left_behind_at_a_crash_is_removed_at_the_next_star
     async with serving(tmp_path) as http:
         assert [info["name"] for info in (await http.get("/v1/collections")).json()["collections"]] == ["kept"]
     assert folders(tmp_path) == ["kept"]
+
+
+# --- from Python and from the command line ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    settings = RetrieverSettings(data_dir=tmp_path, seed=tmp_path / "absent", device="cpu")
+    with served(create_app(settings)) as url:
+        yield url
+
+
+def test_the_client_makes_fills_and_removes_one(url: str) -> None:
+    with RagClient(retriever_url=url) as client:
+        made = client.create_collection("news", dimension=D, encoder=ENCODER, kind="hnsw", metadata={"year": "integer"})
+        assert (made.count, made.kind, made.dtype, made.metadata) == (0, "hnsw", "float16", {"year": "integer"})
+        rows = [{"text": "t", "embedding": [1.0] * D, "metadata": {"year": 1999}}]
+        assert client.upsert(rows, collection="news").ids == [0]
+        with pytest.raises(Conflict):
+            client.create_collection("news", dimension=D, encoder=ENCODER)
+        with pytest.raises(InvalidRequest) as refused:
+            client.create_collection("news", dimension=0, encoder=ENCODER)
+        assert refused.value.param == "dimension"
+        client.drop_collection("news")
+        assert client.collections() == []
+        with pytest.raises(NotFound):
+            client.drop_collection("news")
+
+
+async def test_the_async_client_does_the_same(url: str) -> None:
+    async with AsyncRagClient(retriever_url=url) as client:
+        made = await client.create_collection("news", dimension=D, encoder=ENCODER)
+        assert await client.collections() == [made]
+        await client.drop_collection("news", remove_aliases=True)
+        assert await client.collections() == []
+
+
+def rag(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What `rag index` says, on either channel."""
+    with pytest.raises(SystemExit):
+        main(["index", *arguments])
+    captured = capsys.readouterr()
+    return captured.out + captured.err
+
+
+def test_the_command_line_makes_and_removes_one(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    service = ["--retriever-url", url]
+    new = ["create", "news", "--dimension", "6", "--fingerprint", ENCODER, "--kind", "ivf-flat", *service]
+    columns = ["--metadata", "year=integer", "--metadata", "lang=string"]
+    assert "news: empty, ivf-flat, 6 numbers" in rag(capsys, *new, *columns, "--search-params", '{"nprobe": 9}')
+    with RagClient(retriever_url=url) as client:
+        (info,) = client.collections()
+        assert (info.metadata, info.search_params.nprobe) == ({"year": "integer", "lang": "string"}, 9)
+        assert "there is a collection `news`" in rag(capsys, *new)
+        assert "metadata.year" in rag(capsys, *new[:1], "other", *new[2:], "--metadata", "year=number")
+        assert "name=type" in rag(capsys, *new, "--metadata", "year")
+        httpx.put(f"{url}/v1/aliases/live", json={"collection": "news"})
+        assert "`live` stands for `news`" in rag(capsys, "drop", "news", "--yes", *service)
+        assert "news is removed" in rag(capsys, "drop", "news", "--yes", "--remove-aliases", *service)
+        assert client.collections() == []

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from services.client import AsyncRagClient, RagClient, Unreachable
-from services.client.options import AnswerOptions, EncodeOptions, RetrieveOptions, ScoreOptions, SearchOptions
+from services.client.options import (
+    AnswerOptions,
+    CollectionOptions,
+    EncodeOptions,
+    RetrieveOptions,
+    ScoreOptions,
+    SearchOptions,
+)
 from shared import schemas
 from shared.errors import DeadlineExceeded, InvalidRequest, Overloaded, RagError, UpstreamError, error_to_wire
 from shared.retrieval import RetrieveResult
@@ -68,6 +75,7 @@ def failing(error: Exception) -> Callable[[httpx.Request], httpx.Response]:
         (SearchOptions, schemas.SearchRequest.model_fields, {"question"}),
         (EncodeOptions, schemas.EncodeRequest.model_fields, {"question"}),
         (RetrieveOptions, schemas.RetrieveRequest.model_fields, {"vectors"}),
+        (CollectionOptions, schemas.NewCollection.model_fields, {"name", "dimension", "encoder"}),
     ],
 )
 def test_every_field_of_a_request_is_an_option_of_the_call(
