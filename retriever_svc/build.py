@@ -25,7 +25,7 @@ from retriever_svc.passages import TableVectors
 from retriever_svc.record import Record
 from retriever_svc.source import Source
 from retriever_svc.versions import library_versions
-from shared.errors import InvalidRequest
+from shared.errors import Conflict, InvalidRequest
 from shared.schemas import SearchParams
 
 __all__ = ["TEMPORARY", "Options", "Progress", "build_collection", "build_locked", "collection_lock"]
@@ -109,13 +109,18 @@ def build_locked(
 
 
 @contextmanager
-def collection_lock(collection: Path) -> Iterator[None]:
-    """Keep every other builder of this collection out, in this process and in others; waits for its turn."""
+def collection_lock(collection: Path, *, wait: bool = True) -> Iterator[None]:
+    """Keep every other builder of this collection out, in this process and in others; waits for its turn.
+
+    Raises: Conflict: another builds, and ``wait`` is false.
+    """
     collection.mkdir(parents=True, exist_ok=True)
     with (collection / LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if not wait:
+                raise Conflict(f"another process builds the collection `{collection.name}`") from None
             log.info("waiting_for_another_build", collection=collection.name)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -41,7 +41,7 @@ FEWEST_TO_WARN = 20  # queries
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
     """A query that was answered: ``scores`` (N,) of its documents, ``chosen``: the rows that its filter selected."""
 

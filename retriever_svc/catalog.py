@@ -161,7 +161,8 @@ class Catalog:
     async def drop(self, name: str, in_worker: InWorker, *, remove_aliases: bool) -> None:
         """Serve a collection no more, and remove it; searches that have begun end first.
 
-        Raises: NotFound. Conflict: it is an alias, or one stands for it. Unavailable: the disk does not take it.
+        Raises: NotFound. Conflict: it is an alias, or one stands for it, or another process builds it. Unavailable: the
+        disk does not take it.
         """
         async with self._changing:
             if name in self.aliases:
@@ -175,19 +176,22 @@ class Catalog:
                     "remove_aliases",
                     param="remove_aliases",
                 )
-            if pointing:
-                await self._write_aliases({a: target for a, target in self.aliases.items() if target != name})
+            aliases = self.aliases
+            if pointing:  # first: an alias of nothing would stop the next start
+                await self._write_aliases({a: target for a, target in aliases.items() if target != name})
             collection = self.collections.pop(name, None)
             if collection is not None:
                 collection.dropped = True
                 await in_worker(lambda: None)  # what was asked for before is answered then
             try:
                 leaving = await asyncio.to_thread(take_away, self._folder / name)
-            except OSError as error:
+            except (OSError, Conflict) as error:
                 if collection is not None:
                     collection.dropped = False
                     self.collections[name] = collection
-                raise Unavailable(f"not removed: {error}") from error
+                if pointing:
+                    await self._write_aliases(aliases)
+                raise error if isinstance(error, Conflict) else Unavailable(f"not removed: {error}") from error
             self.damaged.pop(name, None)
         log.info("collection_removed", collection=name)
         await asyncio.to_thread(shutil.rmtree, leaving, ignore_errors=True)

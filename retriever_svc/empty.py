@@ -42,11 +42,12 @@ def check_new(asked: NewCollection) -> pa.Schema:
 def create_empty(collection: Path, asked: NewCollection) -> None:
     """Make the folder of a collection; on the disk when this returns.
 
-    Raises: Conflict: there is one. InvalidRequest: what cannot be made. OSError: the disk does not take it.
+    Raises: Conflict: there is one, or another process builds it. InvalidRequest: what cannot be made. OSError: the disk
+    does not take it.
     """
     metadata = check_new(asked)
     made = not collection.exists()
-    with collection_lock(collection):
+    with collection_lock(collection, wait=False):
         if (collection / gen.CURRENT).exists():
             raise Conflict(f"there is a collection `{collection.name}` in the data folder: reload it", param="name")
         for remains in (gen.GENERATIONS, FOLDER):  # of a creation that the power cut short
@@ -63,8 +64,12 @@ def create_empty(collection: Path, asked: NewCollection) -> None:
 
 
 def take_away(collection: Path) -> Path:
-    """Let the folder be no collection any more; on the disk when this returns. What is left to be removed."""
-    leaving = collection.rename(collection.with_name(f"{LEAVING}{uuid.uuid4().hex[:8]}"))
+    """Let the folder be no collection any more; on the disk when this returns. What is left to be removed.
+
+    Raises: Conflict: another process builds it. OSError: the disk does not take it.
+    """
+    with collection_lock(collection, wait=False):
+        leaving = collection.rename(collection.with_name(f"{LEAVING}{uuid.uuid4().hex[:8]}"))
     gen.flush(collection.parent)
     return leaving
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from retriever_svc.app import create_app
-from retriever_svc.build import build_collection
+from retriever_svc.build import build_collection, collection_lock
 from retriever_svc.collection import Collection
 from retriever_svc.empty import LEAVING
 from retriever_svc.index import PRESETS
@@ -220,6 +220,21 @@ async def test_a_collection_that_an_alias_stands_for_stays_unless_told_otherwise
     assert await search(http, random_embeddings(1, D)) == [[]]
     assert (await http.delete("/v1/collections/news", params={"remove_aliases": True})).status_code == 204
     assert (await http.get("/v1/aliases")).json() == {"aliases": {}}
+
+
+async def test_what_another_process_builds_is_neither_made_nor_removed(http: httpx.AsyncClient, tmp_path: Path) -> None:
+    await create(http)
+    await http.put("/v1/aliases/live", json={"collection": "news"})
+    for name in ("news", "other"):
+        with collection_lock(tmp_path / "collections" / name):
+            if name == "other":
+                refused = await create(http, name=name)
+            else:
+                refused = await http.delete(f"/v1/collections/{name}", params={"remove_aliases": True})
+        assert (refused.status_code, "another process builds" in refused.text) == (409, True)
+    assert await search(http, random_embeddings(1, D)) == [[]]
+    await upsert(http, random_embeddings(2, D))
+    assert (await http.get("/v1/aliases")).json() == {"aliases": {"live": "news"}}
 
 
 async def test_searches_and_writes_beside_a_removal_are_answered_or_told_that_it_is_gone(
