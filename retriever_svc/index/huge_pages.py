@@ -21,7 +21,7 @@ COLLAPSE = 25
 
 def to_huge_pages(index: Any) -> int:
     """Ask for huge pages for what ``index`` holds; how many bytes got them. Where that cannot be, nothing changes."""
-    if not sys.platform.startswith("linux"):
+    if not index.ntotal or not sys.platform.startswith("linux"):
         return 0
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
