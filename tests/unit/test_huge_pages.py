@@ -36,7 +36,7 @@ def test_pages_that_arrays_fill_by_half_are_covered(arrays: list[tuple[int, int]
 
 @pytest.mark.parametrize("factory", ["Flat", "HNSW8,SQ8", "IVF16,Flat", "PCA32,SQfp16"])
 def test_a_search_finds_the_same_on_huge_pages(factory: str) -> None:
-    vectors = random_embeddings(20_000, 64)
+    vectors = random_embeddings(40_000, 64)  # so that each array is larger than a huge page
     index = faiss.index_factory(64, factory, faiss.METRIC_INNER_PRODUCT)
     index.train(vectors)
     index.add(vectors)
