@@ -211,7 +211,8 @@ def check_params(core: Any, params: SearchParams | None, *, exact: bool) -> None
 
 def check_params_of_kind(kind: str, dimension: int, params: SearchParams | None) -> None:
     """As :func:`check_params`, of what a kind will be. Raises: InvalidRequest: also where there is no such kind."""
-    core = core_of(empty_index(recipe(kind, dimension, 1).factory, dimension))
+    factory = recipe(kind, dimension, 1).factory
+    core = core_of(empty_index("HNSW32" if kind == cagra.CAGRA else factory, dimension))  # whose class its file has
     check_params(core, params, exact=isinstance(core, faiss.IndexFlat))
 
 
