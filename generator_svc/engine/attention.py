@@ -75,7 +75,7 @@ class Segment:
     ) -> None:
         self._group, self._kept = documents[0].group, kept
         self._slots = slice(documents[0].slot, documents[-1].slot + 1)
-        like = self._group.cross
+        like = self._group.cross[0]
         self._rows = Rows(counts, like.device)
         self._source = max(document.length for document in documents)
         self._source_mask = length_mask([document.length for document in documents], like)
@@ -118,7 +118,7 @@ class Segment:
 
     def attend_to_source(self, layer: int, q_RHE: Tensor) -> Tensor:
         """Cross-attention, (R, H, E)."""
-        keys, values = self._group.cross[layer, :, self._slots, :, : self._source]
+        keys, values = self._group.cross[layer][:, self._slots, :, : self._source]
         return self._packed(attend(self._by_head(q_RHE), keys, values, self._source_mask))
 
     def _by_head(self, rows_RHE: Tensor) -> Tensor:
@@ -141,6 +141,20 @@ def segments(
             segment = Segment(documents[at], counts[at], visible[at], kept)
             found.append((slice(starts[at.start], starts[at.stop]), segment))
     return found
+
+
+def slot_order(documents: Sequence[DocumentCache]) -> list[int] | None:
+    """The order in which documents of a group stand together, slot by slot; None where they do already."""
+    groups: dict[int, int] = {}
+    keys = [(groups.setdefault(id(document.group), len(groups)), document.slot) for document in documents]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    return None if order == list(range(len(keys))) else order
+
+
+def row_order(order: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """(R,) the packed rows of documents, ``counts`` of each, in the order of the documents."""
+    starts = [0, *itertools.accumulate(counts)]
+    return torch.tensor([row for at in order for row in range(starts[at], starts[at + 1])])
 
 
 def _runs(documents: Sequence[DocumentCache]) -> list[slice]:

@@ -7,7 +7,7 @@ Shapes: N documents of a question, S source tokens of one, C answers of a questi
 token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -38,6 +38,13 @@ class Task:
         eos = self.config.eos_token_id
         return [eos] if isinstance(eos, int) else list(eos or [])
 
+    @property
+    def nodes(self) -> int:
+        """The most nodes that the token tree of a document can have: the root, and one a row and step."""
+        config = self.config
+        rows = max(config.num_beams or 1, config.num_return_sequences or 1)
+        return 1 + rows * max(0, (config.max_length or 0) - 2)
+
 
 @dataclass(frozen=True, eq=False)
 class Answers:
@@ -61,8 +68,15 @@ class Decoding(Protocol):
 
 
 class Backend(Protocol):
-    def encode(self, contexts: Sequence[Tensor]) -> list[Any]:
-        """Each document, once; what comes back serves generation and scoring alike."""
+    def together(self, tasks: Sequence[Task]) -> Iterable[slice]:
+        """Which of a batch's questions best run together, from beginning to end."""
+
+    def encode(self, contexts: Sequence[Tensor], nodes: int) -> list[Any]:
+        """Each document, once; what comes back serves generation and scoring alike.
+
+        Args:
+            nodes: the most that a document's token tree will have.
+        """
 
     def begin(self, task: Task, encoded: Sequence[Any]) -> Decoding: ...
 

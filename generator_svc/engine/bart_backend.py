@@ -9,7 +9,7 @@ Shapes: N documents, C answers, T target tokens without the start token, X edges
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -19,14 +19,17 @@ from torch.nn.functional import pad
 from transformers import RagTokenForGeneration
 
 from generator_svc.engine.backend import Answers, Task
-from generator_svc.engine.cache import DocumentCache
+from generator_svc.engine.cache import DocumentCache, chunks
 from generator_svc.engine.decoder import Bart
 from generator_svc.engine.decoding import BartDecoding, score, step
 from generator_svc.engine.heads import bos_of, padded, rank_scores, unique_rows
 from generator_svc.engine.search import BeamSearch, RowSearch, Search
 from generator_svc.engine.trie import Trie
 
-FIRST_NODES = 64  # nodes that a document's cache has room for before it grows
+FIRST_NODES = 64  # nodes that a document's cache has room for at most, before it grows
+# What a batch's documents may hold on a CPU, where more questions at once gain little time: a step is bound by its
+# products from some ten rows on.
+CPU_HELD_BYTES = 160 * 2**20
 
 
 class BartBackend:
@@ -38,8 +41,14 @@ class BartBackend:
         self._start = int(model.generation_config.decoder_start_token_id)
         self._bos = bos_of(model.config)
 
-    def encode(self, contexts: Sequence[Tensor]) -> list[DocumentCache]:
-        return self._bart.prefill(contexts, FIRST_NODES)
+    def together(self, tasks: Sequence[Task]) -> Iterable[slice]:
+        if self._bart.device.type != "cpu":
+            return [slice(0, len(tasks))]
+        held = [self._bart.source_bytes * sum(map(len, task.contexts)) for task in tasks]
+        return chunks(held, CPU_HELD_BYTES)
+
+    def encode(self, contexts: Sequence[Tensor], nodes: int) -> list[DocumentCache]:
+        return self._bart.prefill(contexts, min(nodes, FIRST_NODES))
 
     def begin(self, task: Task, encoded: Sequence[DocumentCache]) -> BartDecoding:
         return BartDecoding(task, list(encoded), self._search(task))

@@ -20,6 +20,8 @@ MOST_PADDING = 1.5
 """Padded together, documents may take so many times the room that they take one by one …"""
 FREE_PADDING = 512
 """… and so many positions more: a kernel's start costs more than these."""
+KEPT_PADDING = (1.1, 256)
+"""The same where the padding stays in memory, and where a CPU reads it at every step."""
 
 
 class Group:
@@ -37,26 +39,37 @@ class Group:
         device: torch.device,
     ) -> None:
         self.documents: WeakSet[DocumentCache] = WeakSet()
-        # zeros, because what is masked must still be a number
-        self.cross = torch.zeros(layers, 2, len(lengths), heads, max(lengths), head_dim, dtype=dtype, device=device)
-        self.nodes = torch.zeros(layers, 2, len(lengths), heads, capacity, head_dim, dtype=dtype, device=device)
+        # Zeros, because what is masked must still be a number. One block, which malloc gives back at once when the
+        # group goes; a view a layer, so that little is held twice when they are replaced.
+        shape = (layers, 2, len(lengths), heads)
+        self.cross, self.nodes = (
+            list(torch.zeros(*shape, positions, head_dim, dtype=dtype, device=device).unbind())
+            for positions in (max(lengths), capacity)
+        )
+
+    @property
+    def slots(self) -> int:
+        """Documents that there is room for."""
+        return self.cross[0].shape[1]
 
     def reserve(self, nodes: int) -> None:
         """Makes room for so many nodes of every document."""
-        capacity = self.nodes.shape[4]
+        capacity = self.nodes[0].shape[3]
         if nodes > capacity:
-            grown = self.nodes.new_zeros(*self.nodes.shape[:4], max(nodes, 2 * capacity), self.nodes.shape[5])
-            grown[:, :, :, :, :capacity] = self.nodes
-            self.nodes = grown
+            for layer, kept in enumerate(self.nodes):
+                grown = kept.new_zeros(*kept.shape[:3], max(nodes, 2 * capacity), kept.shape[4])
+                grown[:, :, :, :capacity] = kept
+                self.nodes[layer] = grown
 
     def shrink(self) -> None:
         """Gives the room back of documents that have left, where it is half of the group or more."""
-        if 2 * len(self.documents) > self.cross.shape[2]:
+        if 2 * len(self.documents) > self.slots:
             return
         staying = sorted(self.documents, key=lambda document: document.slot)
         slots = [document.slot for document in staying]
-        self.cross = self.cross[:, :, slots]
-        self.nodes = self.nodes[:, :, slots]
+        for caches in (self.cross, self.nodes):
+            for layer, kept in enumerate(caches):
+                caches[layer] = kept[:, slots]
         for slot, document in enumerate(staying):
             document.slot = slot
 
@@ -71,15 +84,26 @@ class DocumentCache:
 
     def keep_source(self, layer: int, kv_2HSE: Tensor) -> None:
         """Takes the cross-attention keys and values of a layer."""
-        self.group.cross[layer, :, self.slot, :, : self.length] = kv_2HSE
+        self.group.cross[layer][:, self.slot, :, : self.length] = kv_2HSE
 
 
-def alike(sizes: Sequence[int]) -> Iterator[slice]:
+def alike(sizes: Sequence[int], most: float = MOST_PADDING, free: int = FREE_PADDING) -> Iterator[slice]:
     """Neighbours that may be padded to the largest of them."""
     start = largest = total = 0
     for at, size in enumerate(sizes):
         largest, total = max(largest, size), total + size
-        if (at + 1 - start) * largest > MOST_PADDING * total + FREE_PADDING:
+        if (at + 1 - start) * largest > most * total + free:
             yield slice(start, at)
             start, largest, total = at, size, size
+    yield slice(start, len(sizes))
+
+
+def chunks(sizes: Sequence[int], limit: float) -> Iterator[slice]:
+    """Neighbours whose sizes sum to `limit` at most, but one at least."""
+    start = held = 0
+    for at, size in enumerate(sizes):
+        if at > start and held + size > limit:
+            yield slice(start, at)
+            start, held = at, 0
+        held += size
     yield slice(start, len(sizes))

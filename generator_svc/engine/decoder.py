@@ -8,7 +8,7 @@ Shapes: P packed source tokens, R packed decoder rows, D model, H heads, E head,
 S tokens of one document, M new nodes of one document, C cached nodes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,8 @@ from torch.nn.functional import embedding, gelu, layer_norm, linear
 from transformers import BartForConditionalGeneration
 from transformers.activations import GELUActivation
 
-from generator_svc.engine.attention import Rows, attend, length_mask, segments
-from generator_svc.engine.cache import DocumentCache, Group, alike
+from generator_svc.engine.attention import Rows, attend, length_mask, row_order, segments, slot_order
+from generator_svc.engine.cache import KEPT_PADDING, DocumentCache, Group, alike, chunks
 
 # Documents that go through the encoder together, on a CPU: enough rows for the products to be at their fastest, few
 # enough that intermediate results stay in caches and in memory that malloc reuses rather than maps anew each time. A
@@ -73,7 +73,7 @@ class Block(NamedTuple):
     def feed_forward(self, x: Tensor) -> Tensor:
         inner = self.fc1(x)
         inner = inner if self.activation is None else self.activation(inner)
-        return self.final_norm(x + self.fc2(inner))
+        return self.final_norm(self.fc2(inner).add_(x))
 
 
 class CrossAttention(NamedTuple):
@@ -91,17 +91,6 @@ def _affine(*modules: nn.Linear) -> Affine:
         for module, w, b in zip(modules, weight.chunk(len(modules)), bias.chunk(len(modules)), strict=True):
             module.weight.data, module.bias.data = w, b
     return Affine(weight, bias)
-
-
-def _chunks(lengths: Sequence[int], tokens: int) -> Iterator[slice]:
-    """Neighbours of at most `tokens` tokens together, but one at least."""
-    start = held = 0
-    for at, length in enumerate(lengths):
-        if held and held + length > tokens:
-            yield slice(start, at)
-            start, held = at, 0
-        held += length
-    yield slice(start, len(lengths))
 
 
 def _norm(module: nn.LayerNorm) -> Norm:
@@ -157,6 +146,11 @@ class Bart:
     def vocab_size(self) -> int:
         return self.head.weight.shape[0]
 
+    @property
+    def source_bytes(self) -> int:
+        """What a document's cache takes for each token of its context: keys and values of every layer."""
+        return len(self.decoder_layers) * 2 * self.decoder_embed.shape[1] * self.dtype.itemsize
+
     def _embed(self, ids: Tensor, words: Tensor, positions: Tensor, table: Tensor, norm: Norm) -> Tensor:
         x = embedding(ids, words)
         if self.embed_scale != 1.0:
@@ -171,9 +165,13 @@ class Bart:
             contexts: token ids of each document, (S,) without padding.
             node_capacity: decoder nodes that each document's cache should have room for at first.
         """
-        documents: list[DocumentCache] = []
-        for together in alike([len(context) for context in contexts]):
-            lengths = [len(context) for context in contexts[together]]
+        on_cpu = self.device.type == "cpu"
+        # neighbours in length share a group, which pads them to the longest
+        order = sorted(range(len(contexts)), key=lambda at: len(contexts[at])) if on_cpu else range(len(contexts))
+        ordered = [contexts[at] for at in order]
+        documents: dict[int, DocumentCache] = {}
+        for together in alike([len(context) for context in ordered], *(KEPT_PADDING if on_cpu else ())):
+            lengths = [len(context) for context in ordered[together]]
             group = Group(
                 lengths,
                 layers=len(self.decoder_layers),
@@ -184,10 +182,10 @@ class Bart:
                 device=self.device,
             )
             made = [DocumentCache(group, slot, length) for slot, length in enumerate(lengths)]
-            for chunk in _chunks(lengths, CPU_PREFILL_TOKENS) if self.device.type == "cpu" else [slice(None)]:
-                self._encode(contexts[together][chunk], made[chunk])
-            documents += made
-        return documents
+            for chunk in chunks(lengths, CPU_PREFILL_TOKENS) if on_cpu else [slice(None)]:
+                self._encode(ordered[together][chunk], made[chunk])
+            documents |= zip(order[together], made, strict=True)
+        return [documents[at] for at in range(len(contexts))]
 
     def _encode(self, contexts: Sequence[Tensor], documents: Sequence[DocumentCache]) -> None:
         lengths = [len(c) for c in contexts]
@@ -200,17 +198,24 @@ class Bart:
         rows = [Rows(part, self.device) for part in parts]
         masks = [length_mask(part, x_PD) for part in parts]
         for layer in self.encoder_layers:
-            qkv = layer.qkv(x_PD).view(len(x_PD), 3, self.encoder_heads, -1)
-            attended = []
-            for part, of_part, mask in zip(rows, torch.split(qkv, [sum(part) for part in parts]), masks, strict=True):
-                q, k, v = part.padded(of_part).permute(2, 0, 3, 1, 4)
-                attended.append(part.packed(attend(q, k, v, mask).transpose(1, 2)))
-            x_PD = layer.norm(x_PD + layer.out(torch.cat(attended).flatten(1)))
+            attended_PD = self._attend_in_documents(layer.qkv(x_PD), rows, masks, [sum(part) for part in parts])
+            x_PD = layer.norm(layer.out(attended_PD).add_(x_PD))
+            del attended_PD  # nothing of it is held beside the widest product
             x_PD = layer.feed_forward(x_PD)
         for index, (_, cross) in enumerate(self.decoder_layers):
             kv = cross.kv(x_PD).view(len(x_PD), 2, self.heads, -1).permute(1, 2, 0, 3)  # (2, H, P, E)
             for document, of_document in zip(documents, torch.split(kv, lengths, dim=2), strict=True):
                 document.keep_source(index, of_document)
+
+    def _attend_in_documents(
+        self, qkv_P3D: Tensor, rows: Sequence[Rows], masks: Sequence[Tensor | None], counts: Sequence[int]
+    ) -> Tensor:
+        """The encoder's self-attention, (P, D); the queries' place is taken by what comes out."""
+        qkv = qkv_P3D.view(len(qkv_P3D), 3, self.encoder_heads, -1)
+        for part, of_part, mask in zip(rows, torch.split(qkv, list(counts)), masks, strict=True):
+            q, k, v = part.padded(of_part).permute(2, 0, 3, 1, 4)
+            of_part[:, 0] = part.packed(attend(q, k, v, mask).transpose(1, 2))
+        return qkv[:, 0].flatten(1)
 
     @torch.inference_mode()
     def extend(
@@ -233,20 +238,27 @@ class Bart:
 
         Returns: final hidden states (R, D).
         """
+        order = slot_order(documents)
+        counts = [1 if mask is None else len(mask) for mask in visible]
+        rows = None if order is None else row_order(order, counts).to(self.device)
+        if order is not None and rows is not None:
+            documents, visible = [documents[at] for at in order], [visible[at] for at in order]
+            tokens_R, depths_R = tokens_R[rows], depths_R[rows]
         x_RD = self._embed(tokens_R, self.decoder_embed, depths_R, self.decoder_positions, self.decoder_norm)
         parts = segments(documents, visible, kept=kept)
         for index, (layer, cross) in enumerate(self.decoder_layers):
             qkv = layer.qkv(x_RD).view(len(x_RD), 3, self.heads, -1)
-            attended = torch.cat([part.attend_to_nodes(index, qkv[rows]) for rows, part in parts])
-            x_RD = layer.norm(x_RD + layer.out(attended.flatten(1)))
+            attended = torch.cat([part.attend_to_nodes(index, qkv[here]) for here, part in parts])
+            x_RD = layer.norm(layer.out(attended.flatten(1)).add_(x_RD))
             q_RHE = cross.q(x_RD).view(len(x_RD), self.heads, -1)
-            attended = torch.cat([part.attend_to_source(index, q_RHE[rows]) for rows, part in parts])
-            x_RD = cross.norm(x_RD + cross.out(attended.flatten(1)))
+            attended = torch.cat([part.attend_to_source(index, q_RHE[here]) for here, part in parts])
+            x_RD = cross.norm(cross.out(attended.flatten(1)).add_(x_RD))
+            del qkv, attended
             x_RD = layer.feed_forward(x_RD)
         if kept:
             for document, mask in zip(documents, visible, strict=True):
                 document.size += 1 if mask is None else len(mask)
-        return x_RD
+        return x_RD if rows is None else torch.empty_like(x_RD).index_copy_(0, rows, x_RD)
 
     @torch.inference_mode()
     def logits(self, hidden_RD: Tensor) -> Tensor:

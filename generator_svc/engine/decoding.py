@@ -15,11 +15,11 @@ from torch import Tensor
 from generator_svc.engine.backend import Task
 from generator_svc.engine.cache import DocumentCache
 from generator_svc.engine.decoder import Bart
-from generator_svc.engine.heads import document_log_probs, marginalize
+from generator_svc.engine.heads import document_log_probs, log_normalizer, marginalize
 from generator_svc.engine.search import RowSearch, Search
 from generator_svc.engine.trie import Trie
 
-SCORED_ROWS = 2048  # nodes of tries in one pass: enough for the products to be fast, little enough to fit beside them
+SCORED_ROWS = 1024  # nodes of tries in one pass: enough for the products to be fast, little enough to fit beside them
 # Rows of logits held at once while scoring: the products are fast from here on, and malloc uses such memory again,
 # where it maps more than 32 MiB anew each time (1024 rows: 441 ms, 546 with 256 rows at once).
 LOGITS_ROWS = 128
@@ -34,6 +34,7 @@ class BartDecoding:
         # a problem: (K, C + K) bool, the nodes behind each of its rows, the row itself included
         root = torch.ones(1, 1, dtype=torch.bool, device=task.log_prior.device)
         self._visible: list[Tensor] = [root for _ in search.rows]
+        self._is_chain = [True for _ in search.rows]  # whether a problem has never had two rows at once
 
     @property
     def finished(self) -> bool:
@@ -72,7 +73,7 @@ class BartDecoding:
         start = sum(self.search.rows[:problem])
         visible = self._visible[problem]
         tokens = self.search.tokens[start : start + self.search.rows[problem]]
-        return tokens, None if len(tokens) == 1 and bool(visible.all()) else visible
+        return tokens, None if self._is_chain[problem] else visible
 
     def advance(self, logits_RV: Tensor) -> None:
         """Takes the logits of this question's rows, documents one behind the other."""
@@ -92,6 +93,7 @@ class BartDecoding:
                 parents = self.search.parents[start : start + rows]
                 new = torch.eye(rows, dtype=torch.bool, device=parents.device)
                 self._visible[problem] = torch.cat([self._visible[problem][parents], new], 1)
+                self._is_chain[problem] &= rows == 1
             start += rows
 
 
@@ -149,5 +151,6 @@ def _score_together(bart: Bart, caches: Sequence[DocumentCache], tries: Sequence
         logits_RV = bart.logits(hidden_RD[start : start + LOGITS_ROWS])
         here = ((edge_rows >= start) & (edge_rows < start + LOGITS_ROWS)).nonzero().flatten()
         rows = edge_rows[here] - start
-        scores[here] = logits_RV[rows, edge_tokens[here]] - logits_RV.logsumexp(-1)[rows]
+        chosen = logits_RV[rows, edge_tokens[here]]
+        scores[here] = chosen - log_normalizer(logits_RV)[rows]
     return list(torch.split(scores, [len(trie.edge_tokens) for trie in tries]))

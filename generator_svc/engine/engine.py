@@ -170,7 +170,10 @@ class RagEngine:
         )
 
     def run(self, tasks: Sequence[Task]) -> list[Evidence]:
-        """The answers of all tasks, which run together from beginning to end."""
+        """The answers of all tasks. As many run together, from beginning to end, as the backend takes at once."""
+        return [found for part in self._backend.together(tasks) for found in self._run_together(tasks[part])]
+
+    def _run_together(self, tasks: Sequence[Task]) -> list[Evidence]:
         running = self.begin(tasks)
         while unfinished := [decoding for decoding in running if not decoding.finished]:
             self.step(unfinished)
@@ -179,7 +182,8 @@ class RagEngine:
     @torch.inference_mode()
     def begin(self, tasks: Sequence[Task]) -> list[Decoding]:
         """Encodes the documents of all questions together; each question then goes on by itself."""
-        encoded = iter(self._backend.encode([context for task in tasks for context in task.contexts]))
+        nodes = max((task.nodes for task in tasks), default=0)
+        encoded = iter(self._backend.encode([context for task in tasks for context in task.contexts], nodes))
         return [self._backend.begin(task, [next(encoded) for _ in task.contexts]) for task in tasks]
 
     @torch.inference_mode()
@@ -216,7 +220,7 @@ class RagEngine:
         for documents, rows in zip(contexts, sequences, strict=True):
             self._check_contexts(documents)
             self._check_answers(rows)
-        encoded = iter(self._backend.encode([row.to(device) for documents in contexts for row in documents]))
+        encoded = iter(self._backend.encode([row.to(device) for documents in contexts for row in documents], nodes=0))
         by_question = [[next(encoded) for _ in documents] for documents in contexts]
         answers = [[without_padding(row, eos, self._pad) for row in rows.to(device)] for rows in sequences]
         scored = self._backend.score(by_question, answers)

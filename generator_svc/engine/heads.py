@@ -18,6 +18,12 @@ def marginalize(logits_NKV: Tensor, log_prior_N: Tensor) -> Tensor:
     return logits_NKV.logsumexp(0)
 
 
+def log_normalizer(logits_RV: Tensor) -> Tensor:
+    """``logits_RV.logsumexp(-1)``, (R,), without a second tensor of that size: it takes its argument's place."""
+    largest_R1 = logits_RV.amax(-1, keepdim=True)
+    return logits_RV.sub_(largest_R1).exp_().sum(-1).log_() + largest_R1[:, 0]
+
+
 def document_log_probs(logits_RV: Tensor) -> Tensor:
     """RAG-Sequence: log p(y_t | x, z, y_<t), (R, V)."""
     return logits_RV - logits_RV.logsumexp(-1, keepdim=True)

@@ -36,9 +36,7 @@ class _Run:
 
 def cache_tokens(task: Task) -> int:
     """Upper bound of the cache positions that a question can take: its contexts, and a node a row and step."""
-    config = task.config
-    rows = max(config.num_beams or 1, config.num_return_sequences or 1)
-    return sum(len(context) for context in task.contexts) + len(task.contexts) * rows * (config.max_length or 0)
+    return sum(len(context) for context in task.contexts) + len(task.contexts) * task.nodes
 
 
 class Scheduler:

@@ -62,7 +62,10 @@ class TransformersBackend:
         # RAG-Sequence searches with the generator's own `generate`; what the checkpoint says counts for both heads.
         model.generator.generation_config = model.generation_config
 
-    def encode(self, contexts: Sequence[Tensor]) -> list[Tensor]:
+    def together(self, tasks: Sequence[Task]) -> list[slice]:
+        return [slice(0, len(tasks))]
+
+    def encode(self, contexts: Sequence[Tensor], nodes: int) -> list[Tensor]:  # noqa: ARG002  states have no tree
         ids, mask = self._padded_ids(contexts)
         states: Tensor = self._model.generator.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         return [row[: len(context)] for row, context in zip(states, contexts, strict=True)]

@@ -73,7 +73,7 @@ def test_documents_that_leave_give_their_room_back_and_change_nothing(lengths: l
     group = documents[0].group
     documents = [documents[at] for at in staying]
     group.shrink()
-    assert group.cross.shape[2] == (len(staying) if 2 * len(staying) <= len(lengths) else len(lengths))
+    assert group.slots == (len(staying) if 2 * len(staying) <= len(lengths) else len(lengths))
     torch.testing.assert_close(grow(documents, 1), grow(alone, 1), atol=1e-5, rtol=1e-5)
 
 

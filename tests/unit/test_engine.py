@@ -272,6 +272,24 @@ def test_questions_of_every_kind_run_together_and_get_what_they_get_alone(checkp
         assert found.log_probs.tolist() == pytest.approx(alone.log_probs.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("strategy", ["token", "sequence"])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_neither_the_questions_nor_the_documents_that_run_together_change_an_answer(
+    checkpoints: list[Path], strategy: Strategy, num_beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A question at a time, and every document padded by itself: groups, and rows in another order than the groups'."""
+    engine = RagEngine.from_pretrained(checkpoints[0])
+    contexts = random_contexts(4, n_questions=4)
+    together = engine.generate(*contexts, strategy=strategy, num_beams=num_beams, max_new_tokens=8)
+    monkeypatch.setattr("generator_svc.engine.decoder.KEPT_PADDING", (1.0, 0))
+    scattered = engine.generate(*contexts, strategy=strategy, num_beams=num_beams, max_new_tokens=8)
+    monkeypatch.setattr("generator_svc.engine.bart_backend.CPU_HELD_BYTES", 1)
+    apart = engine.generate(*contexts, strategy=strategy, num_beams=num_beams, max_new_tokens=8)
+    for other in (scattered, apart):
+        assert other.sequences.tolist() == together.sequences.tolist()
+        assert other.log_probs.tolist() == pytest.approx(together.log_probs.tolist(), abs=1e-4)
+
+
 def test_padding_does_not_change_an_answer(checkpoints: list[Path]) -> None:
     ids, mask, scores = random_contexts(5, n_questions=1)
     engine = RagEngine.from_pretrained(checkpoints[0])
