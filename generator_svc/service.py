@@ -136,7 +136,7 @@ class GeneratorService:
             dtype=getattr(torch, settings.dtype),
             any_strategy=settings.any_strategy,
         )
-        self.stages = Stages(checkpoint, settings.max_decode_tokens, self._metrics)
+        self.stages = Stages(checkpoint, settings.max_decode_tokens, self._metrics, cuda_graphs=settings.cuda_graphs)
         self.stages.warm_up()
 
 

@@ -24,6 +24,9 @@ class GeneratorSettings(ServiceSettings):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Of the generator; the question encoder stays in float32."
     )
+    cuda_graphs: bool = Field(
+        default=True, description="On CUDA: replay decode steps as captured graphs instead of launching each kernel."
+    )
     torch_threads: int = Field(default=0, ge=0, description="CPU threads of one computation; 0: as torch chooses.")
     any_strategy: bool = Field(default=False, description="Allow both heads, whichever the checkpoint was trained for.")
 

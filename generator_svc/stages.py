@@ -194,10 +194,12 @@ class Stages:
     moves all of them on. ``max_tokens`` is the scheduler's budget.
     """
 
-    def __init__(self, checkpoint: Checkpoint, max_tokens: int, metrics: GeneratorMetrics) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, max_tokens: int, metrics: GeneratorMetrics, *, cuda_graphs: bool = True
+    ) -> None:
         self.checkpoint = checkpoint
         self.encoder = QuestionEncoder(checkpoint)
-        self._engine = RagEngine(checkpoint)
+        self._engine = RagEngine(checkpoint, cuda_graphs=cuda_graphs)
         self.scheduler = Scheduler(self._engine, max_tokens)
         self._form = ContextForm.of(checkpoint.config, checkpoint.max_source_tokens)
         self._tasks: WeakKeyDictionary[Generate, Task | RagError] = WeakKeyDictionary()
@@ -217,6 +219,9 @@ class Stages:
                 documents = [torch.tensor(context.input_ids)]
                 task = self._engine.task(documents, scores, strategy=strategy, num_beams=2, max_new_tokens=4)
                 self._engine.run([task])
+                if self.checkpoint.device.type == "cuda":  # the steps of a question as it comes by default are captured
+                    n_docs = int(self.checkpoint.config.n_docs)
+                    self._engine.run([self._engine.task(documents * n_docs, torch.zeros(n_docs), strategy=strategy)])
 
     def admits(self, jobs: Sequence[Job]) -> bool:
         """Whether the budget has room for these jobs beside what is being generated."""

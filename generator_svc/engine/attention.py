@@ -9,6 +9,7 @@ tokens, H heads, E head.
 
 import itertools
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +58,16 @@ def length_mask(lengths: Sequence[int], like: Tensor) -> Tensor | None:
     ends = torch.tensor(lengths, device=like.device)
     hidden = torch.arange(longest, device=like.device) >= ends[:, None]
     return like.new_zeros(len(lengths), 1, 1, longest).masked_fill_(hidden[:, None, None], -torch.inf)
+
+
+class Attention(Protocol):
+    """What the decoder's rows attend to."""
+
+    def attend_to_nodes(self, layer: int, qkv_R3HE: Tensor) -> Tensor:
+        """Self-attention, (R, H, E), of the new nodes, which are appended where they are kept."""
+
+    def attend_to_source(self, layer: int, q_RHE: Tensor) -> Tensor:
+        """Cross-attention, (R, H, E)."""
 
 
 class Segment:
@@ -128,19 +139,24 @@ class Segment:
         return self._rows.packed(attended_NHME.transpose(1, 2))
 
 
-def segments(
-    documents: Sequence[DocumentCache], visible: Sequence[Tensor | None], *, kept: bool
-) -> list[tuple[slice, Segment]]:
-    """The documents' rows, packed one document behind the other, and who attends to them together."""
-    counts = [1 if v is None else len(v) for v in visible]
-    starts = [0, *itertools.accumulate(counts)]
-    found = []
-    for run in _runs(documents):
-        for part in alike([max(n, d.length) for n, d in zip(counts[run], documents[run], strict=True)]):
-            at = slice(run.start + part.start, run.start + part.stop)
-            segment = Segment(documents[at], counts[at], visible[at], kept)
-            found.append((slice(starts[at.start], starts[at.stop]), segment))
-    return found
+class Segments:
+    """The documents' rows, packed one document behind the other; neighbours in a group attend together."""
+
+    def __init__(self, documents: Sequence[DocumentCache], visible: Sequence[Tensor | None], *, kept: bool) -> None:
+        counts = [1 if v is None else len(v) for v in visible]
+        starts = [0, *itertools.accumulate(counts)]
+        self._parts: list[tuple[slice, Segment]] = []
+        for run in _runs(documents):
+            for part in alike([max(n, d.length) for n, d in zip(counts[run], documents[run], strict=True)]):
+                at = slice(run.start + part.start, run.start + part.stop)
+                segment = Segment(documents[at], counts[at], visible[at], kept)
+                self._parts.append((slice(starts[at.start], starts[at.stop]), segment))
+
+    def attend_to_nodes(self, layer: int, qkv_R3HE: Tensor) -> Tensor:
+        return torch.cat([part.attend_to_nodes(layer, qkv_R3HE[rows]) for rows, part in self._parts])
+
+    def attend_to_source(self, layer: int, q_RHE: Tensor) -> Tensor:
+        return torch.cat([part.attend_to_source(layer, q_RHE[rows]) for rows, part in self._parts])
 
 
 def slot_order(documents: Sequence[DocumentCache]) -> list[int] | None:

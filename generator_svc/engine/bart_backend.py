@@ -22,21 +22,23 @@ from generator_svc.engine.backend import Answers, Task
 from generator_svc.engine.cache import DocumentCache, chunks
 from generator_svc.engine.decoder import Bart
 from generator_svc.engine.decoding import BartDecoding, score, step
+from generator_svc.engine.graphs import StaticGroups
 from generator_svc.engine.heads import bos_of, padded, rank_scores, unique_rows
 from generator_svc.engine.search import BeamSearch, RowSearch, Search
 from generator_svc.engine.trie import Trie
 
-FIRST_NODES = 64  # nodes that a document's cache has room for at most, before it grows
 # What a batch's documents may hold on a CPU, where more questions at once gain little time: a step is bound by its
 # products from some ten rows on.
 CPU_HELD_BYTES = 160 * 2**20
 
 
 class BartBackend:
-    def __init__(self, model: RagTokenForGeneration) -> None:
+    def __init__(self, model: RagTokenForGeneration, *, cuda_graphs: bool = True) -> None:
         self._model = model
         generator: Any = model.config.generator
         self._bart = Bart(model.generator)
+        if cuda_graphs and self._bart.device.type == "cuda":
+            self._bart.graphs = StaticGroups(self._bart, capture=True)
         self._pad = int(generator.pad_token_id)
         self._start = int(model.generation_config.decoder_start_token_id)
         self._bos = bos_of(model.config)
@@ -48,7 +50,7 @@ class BartBackend:
         return chunks(held, CPU_HELD_BYTES)
 
     def encode(self, contexts: Sequence[Tensor], nodes: int) -> list[DocumentCache]:
-        return self._bart.prefill(contexts, min(nodes, FIRST_NODES))
+        return self._bart.prefill(contexts, nodes)
 
     def begin(self, task: Task, encoded: Sequence[DocumentCache]) -> BartDecoding:
         return BartDecoding(task, list(encoded), self._search(task))

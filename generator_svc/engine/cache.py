@@ -13,39 +13,29 @@ Shapes: N documents of a group, S source tokens of the longest, C node positions
 from collections.abc import Iterator, Sequence
 from weakref import WeakSet
 
-import torch
 from torch import Tensor
 
 MOST_PADDING = 1.5
 """Padded together, documents may take so many times the room that they take one by one …"""
 FREE_PADDING = 512
 """… and so many positions more: a kernel's start costs more than these."""
+FIRST_NODES = 64
+"""Nodes that a document's cache has room for at most, before it grows."""
 KEPT_PADDING = (1.1, 256)
 """The same where the padding stays in memory, and where a CPU reads it at every step."""
 
 
 class Group:
-    """Caches of documents that were encoded together. A document that nobody holds any more leaves it."""
+    """Caches of documents that were encoded together. A document that nobody holds any more leaves it.
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        *,
-        layers: int,
-        heads: int,
-        head_dim: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    Args:
+        cross, nodes: a tensor a layer, (2, N, H, S, E) and (2, N, H, C, E): keys and values.
+        fixed: whether somebody else will use the tensors again, so that documents that leave give nothing back.
+    """
+
+    def __init__(self, cross: Sequence[Tensor], nodes: Sequence[Tensor], *, fixed: bool = False) -> None:
         self.documents: WeakSet[DocumentCache] = WeakSet()
-        # Zeros, because what is masked must still be a number. One block, which malloc gives back at once when the
-        # group goes; a view a layer, so that little is held twice when they are replaced.
-        shape = (layers, 2, len(lengths), heads)
-        self.cross, self.nodes = (
-            list(torch.zeros(*shape, positions, head_dim, dtype=dtype, device=device).unbind())
-            for positions in (max(lengths), capacity)
-        )
+        self.cross, self.nodes, self._fixed = list(cross), list(nodes), fixed
 
     @property
     def slots(self) -> int:
@@ -63,7 +53,7 @@ class Group:
 
     def shrink(self) -> None:
         """Gives the room back of documents that have left, where it is half of the group or more."""
-        if 2 * len(self.documents) > self.slots:
+        if self._fixed or 2 * len(self.documents) > self.slots:
             return
         staying = sorted(self.documents, key=lambda document: document.slot)
         slots = [document.slot for document in staying]

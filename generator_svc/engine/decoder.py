@@ -9,7 +9,7 @@ S tokens of one document, M new nodes of one document, C cached nodes.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,11 @@ from torch.nn.functional import embedding, gelu, layer_norm, linear
 from transformers import BartForConditionalGeneration
 from transformers.activations import GELUActivation
 
-from generator_svc.engine.attention import Rows, attend, length_mask, row_order, segments, slot_order
-from generator_svc.engine.cache import KEPT_PADDING, DocumentCache, Group, alike, chunks
+from generator_svc.engine.attention import Attention, Rows, Segments, attend, length_mask, row_order, slot_order
+from generator_svc.engine.cache import FIRST_NODES, KEPT_PADDING, DocumentCache, Group, alike, chunks
+
+if TYPE_CHECKING:
+    from generator_svc.engine.graphs import StaticGroups
 
 # Documents that go through the encoder together, on a CPU: enough rows for the products to be at their fastest, few
 # enough that intermediate results stay in caches and in memory that malloc reuses rather than maps anew each time. A
@@ -141,6 +144,8 @@ class Bart:
         self.encoder_layers = [_block(m) for m in encoder.layers]
         self.decoder_layers = [(_block(m), _cross_attention(m)) for m in decoder.layers]
         self.head = Affine(model.lm_head.weight.data, model.final_logits_bias.data[0].to(self.dtype))
+        self.graphs: StaticGroups | None = None
+        """What runs decode steps over tensors that stay where they are; None: every step as it comes."""
 
     @property
     def vocab_size(self) -> int:
@@ -149,7 +154,17 @@ class Bart:
     @property
     def source_bytes(self) -> int:
         """What a document's cache takes for each token of its context: keys and values of every layer."""
-        return len(self.decoder_layers) * 2 * self.decoder_embed.shape[1] * self.dtype.itemsize
+        return int(len(self.decoder_layers) * 2 * self.decoder_embed.shape[1] * self.dtype.itemsize)
+
+    def caches(self, documents: int, positions: int) -> Sequence[Tensor]:
+        """Room for keys and values: (2, N, H, positions, E) a layer.
+
+        Zeros, because what is masked must still be a number. One block, which malloc gives back at once when its group
+        goes; a view a layer, so that little is held twice when they are replaced.
+        """
+        shape = (len(self.decoder_layers), 2, documents, self.heads, positions)
+        width = self.decoder_embed.shape[1] // self.heads
+        return torch.zeros(*shape, width, dtype=self.dtype, device=self.device).unbind()
 
     def _embed(self, ids: Tensor, words: Tensor, positions: Tensor, table: Tensor, norm: Norm) -> Tensor:
         x = embedding(ids, words)
@@ -158,12 +173,12 @@ class Bart:
         return norm(x + embedding(positions + POSITION_OFFSET, table))
 
     @torch.inference_mode()
-    def prefill(self, contexts: Sequence[Tensor], node_capacity: int) -> list[DocumentCache]:
+    def prefill(self, contexts: Sequence[Tensor], nodes: int) -> list[DocumentCache]:
         """Encodes documents and computes the cross-attention keys and values of every layer, once.
 
         Args:
             contexts: token ids of each document, (S,) without padding.
-            node_capacity: decoder nodes that each document's cache should have room for at first.
+            nodes: the most that a document's token tree will have, where that is known.
         """
         on_cpu = self.device.type == "cpu"
         # neighbours in length share a group, which pads them to the longest
@@ -172,15 +187,10 @@ class Bart:
         documents: dict[int, DocumentCache] = {}
         for together in alike([len(context) for context in ordered], *(KEPT_PADDING if on_cpu else ())):
             lengths = [len(context) for context in ordered[together]]
-            group = Group(
-                lengths,
-                layers=len(self.decoder_layers),
-                heads=self.heads,
-                head_dim=self.decoder_embed.shape[1] // self.heads,
-                capacity=node_capacity,
-                dtype=self.dtype,
-                device=self.device,
-            )
+            group = None if self.graphs is None else self.graphs.group(lengths, nodes)
+            if group is None:
+                slots, capacity = len(lengths), min(nodes, FIRST_NODES)
+                group = Group(self.caches(slots, max(lengths)), self.caches(slots, capacity))
             made = [DocumentCache(group, slot, length) for slot, length in enumerate(lengths)]
             for chunk in chunks(lengths, CPU_PREFILL_TOKENS) if on_cpu else [slice(None)]:
                 self._encode(ordered[together][chunk], made[chunk])
@@ -244,21 +254,31 @@ class Bart:
         if order is not None and rows is not None:
             documents, visible = [documents[at] for at in order], [visible[at] for at in order]
             tokens_R, depths_R = tokens_R[rows], depths_R[rows]
-        x_RD = self._embed(tokens_R, self.decoder_embed, depths_R, self.decoder_positions, self.decoder_norm)
-        parts = segments(documents, visible, kept=kept)
-        for index, (layer, cross) in enumerate(self.decoder_layers):
-            qkv = layer.qkv(x_RD).view(len(x_RD), 3, self.heads, -1)
-            attended = torch.cat([part.attend_to_nodes(index, qkv[here]) for here, part in parts])
-            x_RD = layer.norm(layer.out(attended.flatten(1)).add_(x_RD))
-            q_RHE = cross.q(x_RD).view(len(x_RD), self.heads, -1)
-            attended = torch.cat([part.attend_to_source(index, q_RHE[here]) for here, part in parts])
-            x_RD = cross.norm(cross.out(attended.flatten(1)).add_(x_RD))
-            del qkv, attended
-            x_RD = layer.feed_forward(x_RD)
+        x_RD = self.decode(tokens_R, depths_R, Segments(documents, visible, kept=kept))
         if kept:
             for document, mask in zip(documents, visible, strict=True):
                 document.size += 1 if mask is None else len(mask)
         return x_RD if rows is None else torch.empty_like(x_RD).index_copy_(0, rows, x_RD)
+
+    def decode(self, tokens_R: Tensor, depths_R: Tensor, attention: Attention) -> Tensor:
+        """The decoder's layers over rows that attend as `attention` lets them: (R, D)."""
+        x_RD = self._embed(tokens_R, self.decoder_embed, depths_R, self.decoder_positions, self.decoder_norm)
+        for index, (layer, cross) in enumerate(self.decoder_layers):
+            attended = attention.attend_to_nodes(index, layer.qkv(x_RD).view(len(x_RD), 3, self.heads, -1))
+            x_RD = layer.norm(layer.out(attended.flatten(1)).add_(x_RD))
+            attended = attention.attend_to_source(index, cross.q(x_RD).view(len(x_RD), self.heads, -1))
+            x_RD = cross.norm(cross.out(attended.flatten(1)).add_(x_RD))
+            del attended
+            x_RD = layer.feed_forward(x_RD)
+        return x_RD
+
+    def next_logits(
+        self, documents: Sequence[DocumentCache], tokens_R: Tensor, depths_R: Tensor, visible: Sequence[Tensor | None]
+    ) -> Tensor:
+        """(R, V) float32, what may follow each of the new nodes; the arguments are those of :meth:`extend`."""
+        if self.graphs is not None:
+            return self.graphs.next_logits(documents, tokens_R, depths_R, visible)
+        return self.logits(self.extend(documents, tokens_R, depths_R, visible))
 
     @torch.inference_mode()
     def logits(self, hidden_RD: Tensor) -> Tensor:

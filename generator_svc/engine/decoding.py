@@ -113,8 +113,7 @@ def step(bart: Bart, running: Sequence[BartDecoding]) -> None:
             depths.append(torch.full_like(row_tokens, decoding.depth))
             count += len(row_tokens)
         counts.append(count)
-    hidden_RD = bart.extend(caches, torch.cat(tokens), torch.cat(depths), visible)
-    logits_RV = bart.logits(hidden_RD)
+    logits_RV = bart.next_logits(caches, torch.cat(tokens), torch.cat(depths), visible)
     for decoding, logits in zip(running, torch.split(logits_RV, counts), strict=True):
         decoding.advance(logits)
 

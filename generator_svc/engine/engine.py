@@ -29,11 +29,13 @@ from shared.schemas import Strategy
 class RagEngine:
     """RAG-Token and RAG-Sequence over one checkpoint. Not thread-safe: one thread owns it."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, cuda_graphs: bool = True) -> None:
         check_defaults(checkpoint.name, checkpoint.generation_defaults)
         self.checkpoint = checkpoint
         is_bart = type(checkpoint.model.generator) is BartForConditionalGeneration
-        self._backend: Backend = (BartBackend if is_bart else TransformersBackend)(checkpoint.model)
+        self._backend: Backend = (
+            BartBackend(checkpoint.model, cuda_graphs=cuda_graphs) if is_bart else TransformersBackend(checkpoint.model)
+        )
         generator: Any = checkpoint.config.generator
         self._pad = int(generator.pad_token_id)
 

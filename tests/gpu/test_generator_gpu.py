@@ -13,6 +13,8 @@ from torch import Tensor
 from generator_svc.app import create_app
 from generator_svc.checkpoint import load_checkpoint
 from generator_svc.engine import RagEngine
+from generator_svc.engine.decoder import Bart
+from generator_svc.engine.graphs import StaticGroups
 from generator_svc.question_encoder import QuestionEncoder
 from generator_svc.settings import GeneratorSettings
 from tests.serving import served
@@ -61,6 +63,58 @@ def test_float32_gives_the_same_answers_as_the_cpu(checkpoint: Path, strategy: A
 
 
 @pytest.mark.parametrize("strategy", ["token", "sequence"])
+@pytest.mark.parametrize("options", [*OPTIONS, {"do_sample": True, "seed": 4, "num_return_sequences": 3}], ids=str)
+def test_captured_steps_give_what_launched_ones_give(
+    checkpoint: Path, strategy: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of two sizes and back again, so that graphs are captured and replayed over other documents' tensors."""
+    replays: list[None] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def counted(graph: torch.cuda.CUDAGraph) -> None:
+        replays.append(None)
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    loaded = load_checkpoint(checkpoint, device=DEVICE)
+    launched, captured = RagEngine(loaded, cuda_graphs=False), RagEngine(loaded)
+    for n_questions in (4, 8, 4):
+        inputs = contexts(n_questions)
+        expected = launched.generate(*inputs, strategy=strategy, max_new_tokens=10, **options)
+        assert not replays
+        found = captured.generate(*inputs, strategy=strategy, max_new_tokens=10, **options)
+        assert len(replays) >= 9  # every step of the longest answer
+        assert found.sequences.tolist() == expected.sequences.tolist()
+        assert found.log_probs.tolist() == pytest.approx(expected.log_probs.tolist(), abs=1e-4)
+        assert found.doc_posterior.cpu().numpy() == pytest.approx(expected.doc_posterior.cpu().numpy(), abs=1e-4)
+        replays.clear()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_replayed_step_gives_the_logits_of_the_ordinary_one(checkpoint: Path, dtype: str) -> None:
+    model: Any = load_checkpoint(checkpoint, device=DEVICE, dtype=getattr(torch, dtype)).model
+    ordinary, static = Bart(model.generator), Bart(model.generator)
+    static.graphs = StaticGroups(static, capture=True)
+    documents = [torch.arange(5, 5 + length, device=DEVICE) for length in (7, 30, 12)]
+    for _ in range(2):  # the second time over tensors that the first has left behind
+        trees = [bart.prefill(documents, 40) for bart in (ordinary, static)]
+        behind = torch.ones(1, 1, dtype=torch.bool, device=DEVICE)
+        for depth in range(6):
+            rows = len(behind)
+            tokens = torch.arange(3 * rows, device=DEVICE) + 3 + depth
+            depths = torch.full_like(tokens, depth)
+            expected, found = (
+                bart.next_logits(of_bart, tokens, depths, [behind] * 3)
+                for bart, of_bart in zip((ordinary, static), trees, strict=True)
+            )
+            tolerance = 1e-4 if dtype == "float32" else 0.05
+            torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+            parents = torch.arange(3, device=DEVICE) * 2 % rows
+            behind = torch.cat([behind[parents], torch.eye(3, dtype=torch.bool, device=DEVICE)], 1)
+        del trees
+
+
+@pytest.mark.parametrize("strategy", ["token", "sequence"])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_half_precision_stays_near_float32(checkpoint: Path, strategy: Any, dtype: str) -> None:
     exact = RagEngine.from_pretrained(checkpoint).generate(*contexts(), strategy=strategy, max_new_tokens=10)
@@ -84,8 +138,9 @@ def test_a_seed_repeats_its_samples_and_leaves_the_gpus_generator_alone(checkpoi
     engine = RagEngine.from_pretrained(checkpoint, device=DEVICE)
 
     def sample(seed: int) -> list[list[int]]:
-        options = {"do_sample": True, "top_k": 0, "num_return_sequences": 2, "max_new_tokens": 10}
-        return engine.generate(*contexts(), strategy="token", seed=seed, **options).sequences.tolist()
+        options: dict[str, Any] = {"do_sample": True, "top_k": 0, "num_return_sequences": 2, "max_new_tokens": 10}
+        made = engine.generate(*contexts(), strategy="token", seed=seed, **options)
+        return [row.tolist() for row in made.sequences]
 
     state = torch.cuda.get_rng_state()
     first, again, other = sample(1), sample(1), sample(2)
