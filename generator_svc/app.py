@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
+from generator_svc.openai import openai_router
 from generator_svc.page import PAGE_PATHS, mount_page
 from generator_svc.service import GeneratorService
 from generator_svc.settings import GeneratorSettings
@@ -87,16 +88,17 @@ def create_app(settings: GeneratorSettings) -> FastAPI:
     async def encode(request: EncodeRequest, http: Request) -> Response:
         """Question vectors: as JSON lists, as base64 (`Accept: application/json;vectors=base64`), or as Arrow."""
         form = response_form(http.headers.get("accept"))
-        vectors, timings_ms = await service.pipeline.encode(request, request_deadline(request.timeout_ms, settings))
+        encoded = await service.pipeline.encode(request, request_deadline(request.timeout_ms, settings))
         model = service.stages.checkpoint
         metadata = {
             "model": model.name,
             "encoder": model.encoder,
-            "dimension": vectors.shape[1],
-            "timings_ms": timings_ms,
+            "dimension": encoded.vectors.shape[1],
+            "timings_ms": encoded.timings_ms,
         }
-        body, content_type = vectors_to_wire(vectors, metadata, form)
+        body, content_type = vectors_to_wire(encoded.vectors, metadata, form)
         return Response(body, media_type=content_type)
 
+    app.include_router(openai_router(service, settings))
     mount_page(app)
     return app

@@ -26,7 +26,17 @@ from generator_svc.limits import check_answers, check_choices, check_questions, 
 from generator_svc.metrics import GeneratorMetrics
 from generator_svc.retriever_client import RetrieverClient
 from generator_svc.settings import GeneratorSettings
-from generator_svc.stages import Assemble, Encode, Generate, Job, Outcome, Score, ScoredAnswer, Tokenize
+from generator_svc.stages import (
+    Assemble,
+    Encode,
+    EncodedQuestion,
+    Generate,
+    Job,
+    Outcome,
+    Score,
+    ScoredAnswer,
+    Tokenize,
+)
 from generator_svc.timings import Timings
 from shared.deadline import Deadline
 from shared.errors import InvalidRequest, RagError, UpstreamError
@@ -77,11 +87,20 @@ class Evidence:
         ]
 
 
+@dataclass(frozen=True)
+class EncodedQuestions:
+    """``vectors`` (B, D) float32, made from ``tokens`` tokens in all, and the time it took."""
+
+    vectors: Float32Array
+    tokens: int
+    timings_ms: dict[str, float]
+
+
 class Listener(Protocol):
     """Who follows an answer while it is made."""
 
-    def documents(self, documents: Sequence[Document]) -> None:
-        """What the question is answered from, once it is known."""
+    def documents(self, documents: Sequence[Document], context_tokens: int) -> None:
+        """What the question is answered from, once it is known; the generator reads it in so many tokens."""
 
     def text(self, piece: str) -> None:
         """The next piece of the answer's text; called in the worker's thread."""
@@ -117,7 +136,8 @@ class Pipeline:
         with timings.step("assemble"):
             contexts = await self._assemble(request.questions, evidence, deadline)
         if listener is not None:
-            listener.documents(evidence[0].documents(contexts[0]))
+            context_tokens = sum(len(context.input_ids) for context in contexts[0])
+            listener.documents(evidence[0].documents(contexts[0]), context_tokens)
         if request.choices is not None:
             with timings.step("score"):
                 given = [list(request.choices)] * len(evidence)
@@ -126,8 +146,8 @@ class Pipeline:
             with timings.step("generate"):
                 on_text = None if listener is None else listener.text
                 jobs = [
-                    Generate(read, found.doc_scores, options, on_text, timings.began_s)
-                    for read, found in zip(contexts, evidence, strict=True)
+                    Generate(context, found.doc_scores, options, on_text, timings.began_s)
+                    for context, found in zip(contexts, evidence, strict=True)
                 ]
                 answers = await self._run(jobs, deadline)
         results = [
@@ -181,13 +201,14 @@ class Pipeline:
         ]
         return SearchResponse(results=results, index=index, timings_ms=timings.total())
 
-    async def encode(self, request: EncodeRequest, deadline: Deadline) -> tuple[Float32Array, dict[str, float]]:
-        """Question vectors (B, D) float32, and the time it took. Raises: RagError."""
+    async def encode(self, request: EncodeRequest, deadline: Deadline) -> EncodedQuestions:
+        """Raises: RagError."""
         timings = Timings(self._metrics)
         check_questions(request, self._settings)
         with timings.step("encode"):
-            vectors = await self._run([Encode(question) for question in request.questions], deadline)
-        return np.stack(vectors), timings.total()
+            encoded: list[EncodedQuestion] = await self._run([Encode(text) for text in request.questions], deadline)
+        vectors = np.stack([question.vector for question in encoded])
+        return EncodedQuestions(vectors, sum(question.tokens for question in encoded), timings.total())
 
     async def _evidence(
         self, request: AnswerRequest | ScoreRequest, n_docs: int, deadline: Deadline, timings: Timings
@@ -207,7 +228,8 @@ class Pipeline:
     ) -> tuple[list[Evidence], IndexInfo]:
         questions = request.questions
         with timings.step("encode"):
-            vectors: list[Float32Array] = await self._run([Encode(question) for question in questions], deadline)
+            encoded: list[EncodedQuestion] = await self._run([Encode(question) for question in questions], deadline)
+            vectors = [question.vector for question in encoded]
         with timings.step("retrieve"):
             query = RetrieveQuery(
                 np.stack(vectors),

@@ -42,12 +42,16 @@ class QuestionEncoder:
             )
         self.dimension = int(output.shape[-1])
 
-    @torch.inference_mode()
     def encode(self, questions: Sequence[str]) -> Float32Array:
         """(B, D) float32, of DPR the `pooler_output` (the CLS state, projected).
 
         Questions longer than the encoder's position table are cut at the right.
         """
+        return self.encode_counted(questions)[0]
+
+    @torch.inference_mode()
+    def encode_counted(self, questions: Sequence[str]) -> tuple[Float32Array, list[int]]:
+        """As `encode`, and how many tokens of each question were read, special ones included."""
         output, mask_BS = self._first_output(questions)
         if self._pooling == "cls":
             output = output[:, 0]
@@ -55,7 +59,7 @@ class QuestionEncoder:
             weight_BS1 = mask_BS.unsqueeze(-1).to(output.dtype)
             output = (output * weight_BS1).sum(1) / weight_BS1.sum(1)
         vectors: Float32Array = output.float().cpu().numpy()
-        return vectors
+        return vectors, mask_BS.sum(1).tolist()
 
     @torch.inference_mode()
     def _first_output(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import tokenizers
 import torch
@@ -136,6 +137,8 @@ class GeneratorService:
             dtype=getattr(torch, settings.dtype),
             any_strategy=settings.any_strategy,
         )
+        if settings.model_name is not None:
+            checkpoint = replace(checkpoint, name=settings.model_name)
         self.stages = Stages(checkpoint, settings.max_decode_tokens, self._metrics, cuda_graphs=settings.cuda_graphs)
         self.stages.warm_up()
 

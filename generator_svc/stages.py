@@ -32,7 +32,7 @@ from shared.worker import Deferred
 
 @dataclass(frozen=True)
 class Encode:
-    """A question → its vector, (D,) float32."""
+    """A question → its vector."""
 
     question: str
 
@@ -80,6 +80,14 @@ class Score:
 
 
 @dataclass(frozen=True)
+class EncodedQuestion:
+    """``vector`` (D,) float32; ``tokens`` of the question were read for it, special ones included."""
+
+    vector: Float32Array
+    tokens: int
+
+
+@dataclass(frozen=True)
 class ScoredToken:
     """``log_prob`` is its share of log p(y|x); ``doc_posterior`` (N,) is p(z|x,y_≤i)."""
 
@@ -101,7 +109,7 @@ class ScoredAnswer:
 _NOT_FINITE = "the model's probabilities are not finite; it may need another dtype: bfloat16 or float32"
 
 Job = Encode | Assemble | Generate | Tokenize | Score
-Outcome = Float32Array | list[Context] | list[EncodedAnswer] | list[ScoredAnswer] | RagError
+Outcome = EncodedQuestion | list[Context] | list[EncodedAnswer] | list[ScoredAnswer] | RagError
 Later = Deferred[Outcome]
 Kind = TypeVar("Kind")
 Made = TypeVar("Made")
@@ -248,7 +256,8 @@ class Stages:
         return stages[type(jobs[0])](jobs)
 
     def _encode(self, jobs: list[Encode]) -> Sequence[Outcome]:
-        return list(self.encoder.encode([job.question for job in jobs]))
+        vectors, tokens = self.encoder.encode_counted([job.question for job in jobs])
+        return [EncodedQuestion(vector, read) for vector, read in zip(vectors, tokens, strict=True)]
 
     def _assemble(self, jobs: list[Assemble]) -> Sequence[Outcome]:
         tokenizer = self.checkpoint.generator_tokenizer

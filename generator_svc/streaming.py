@@ -1,4 +1,4 @@
-"""An answer as server-sent events, while it is made.
+"""An answer while it is made: followed step by step, and as server-sent events.
 
     event: documents   {"documents": [...]}         what the question is answered from
     event: token       {"text": "..."}              the next piece of text, where it is certain as it is written
@@ -12,6 +12,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 
 import structlog
 
@@ -26,31 +27,58 @@ EVENT_STREAM = "text/event-stream"
 log = structlog.get_logger(__name__)
 
 
-class _Events:
-    """Collects events on the event loop; the end is None."""
+@dataclass(frozen=True)
+class Found:
+    """The documents that an answer is made from; the generator reads them in ``context_tokens`` tokens."""
+
+    documents: Sequence[Document]
+    context_tokens: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next piece of the answer's text."""
+
+    text: str
+
+
+Step = Found | Piece | AnswerResponse
+
+
+class _Steps:
+    """Collects steps on the event loop; the end is None."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.queue: asyncio.Queue[Step | None] = asyncio.Queue()
 
-    def documents(self, documents: Sequence[Document]) -> None:
-        self.put("documents", json.dumps({"documents": [document.model_dump() for document in documents]}))
+    def documents(self, documents: Sequence[Document], context_tokens: int) -> None:
+        self.queue.put_nowait(Found(documents, context_tokens))
 
     def text(self, piece: str) -> None:
         with suppress(RuntimeError):  # the loop is closed, and with it everyone who listened
-            self._loop.call_soon_threadsafe(self.put, "token", json.dumps({"text": piece}))
-
-    def put(self, event: str, data: str) -> None:
-        self.queue.put_nowait(f"event: {event}\ndata: {data}\n\n".encode())
+            self._loop.call_soon_threadsafe(self.queue.put_nowait, Piece(piece))
 
 
-async def stream_answer(pipeline: Pipeline, request: AnswerRequest, deadline: Deadline) -> AsyncIterator[bytes]:
-    """The events of one answer, the first of them made already. The answer is cancelled with its iterator.
+async def follow(pipeline: Pipeline, request: AnswerRequest, deadline: Deadline) -> AsyncGenerator[Step]:
+    """One answer in the making: `Found`, any number of `Piece`, the response. It is cancelled with its iterator.
 
     Raises:
-        RagError: what went wrong before the first event.
+        RagError: what the pipeline raises, after the steps that went well.
     """
-    events = _events(pipeline, request, deadline)
+    steps = _Steps()
+    answer = asyncio.create_task(pipeline.answer(request, deadline, steps))
+    answer.add_done_callback(lambda _: steps.queue.put_nowait(None))
+    try:
+        while (step := await steps.queue.get()) is not None:
+            yield step
+        yield await answer
+    finally:
+        answer.cancel()
+
+
+async def begun(events: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
+    """The same events, the first of them made already: what it raises, is raised before the response begins."""
     first = await anext(events)
 
     # `events` has begun, so that its `finally` runs even where nobody ever reads this one.
@@ -63,29 +91,45 @@ async def stream_answer(pipeline: Pipeline, request: AnswerRequest, deadline: De
     return all_events()
 
 
+def failure_on_stream(error: Exception) -> dict[str, object]:
+    """The error form, for a response whose head is out."""
+    if not isinstance(error, RagError):
+        log.error("stream_failed", exc_info=error)
+        error = InferenceError("the computation failed; the log has the trace")
+    return error_to_wire(error, current_request_id())
+
+
+async def stream_answer(pipeline: Pipeline, request: AnswerRequest, deadline: Deadline) -> AsyncIterator[bytes]:
+    """The events of one answer, the first of them made already. The answer is cancelled with its iterator.
+
+    Raises:
+        RagError: what went wrong before the first event.
+    """
+    return await begun(_events(pipeline, request, deadline))
+
+
 async def _events(pipeline: Pipeline, request: AnswerRequest, deadline: Deadline) -> AsyncGenerator[bytes]:
-    events = _Events()
-    answer = asyncio.create_task(pipeline.answer(request, deadline, events))
-    answer.add_done_callback(lambda _: events.queue.put_nowait(None))
-    try:
-        event = await events.queue.get()
-        if event is None:
-            await answer  # raises: no event was sent, so there is no answer
-        while event is not None:
-            yield event
-            event = await events.queue.get()
-        yield _last(answer)
-    finally:
-        answer.cancel()
+    sent = False
+    async with aclosing(follow(pipeline, request, deadline)) as steps:
+        try:
+            async for step in steps:
+                yield _event(step)
+                sent = True
+        except Exception as error:
+            if not sent:
+                raise
+            yield _encoded("error", json.dumps(failure_on_stream(error)))
 
 
-def _last(answer: "asyncio.Task[AnswerResponse]") -> bytes:
-    try:
-        event, data = "answer", answer.result().model_dump_json()
-    except RagError as error:
-        event, data = "error", json.dumps(error_to_wire(error, current_request_id()))
-    except Exception:
-        log.exception("stream_failed")
-        failure = InferenceError("the computation failed; the log has the trace")
-        event, data = "error", json.dumps(error_to_wire(failure, current_request_id()))
+def _event(step: Step) -> bytes:
+    match step:
+        case Found(documents=documents):
+            return _encoded("documents", json.dumps({"documents": [document.model_dump() for document in documents]}))
+        case Piece(text=text):
+            return _encoded("token", json.dumps({"text": text}))
+        case AnswerResponse():
+            return _encoded("answer", step.model_dump_json())
+
+
+def _encoded(event: str, data: str) -> bytes:
     return f"event: {event}\ndata: {data}\n\n".encode()

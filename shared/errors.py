@@ -2,12 +2,14 @@
 
     RagError
     ├── RequestError              400  the request cannot be taken; the subclasses say why
+    │   ├── UnsupportedParameter  400  a field of OpenAI's that cannot be honoured here (``param`` names it)
     │   ├── InvalidRequest        422  a field has a value that is refused (``param`` names it)
     │   ├── UnsupportedMediaType  415  Content-Type or Accept names a form we do not speak
     │   ├── PayloadTooLarge       413
     │   ├── Unauthorized          401  no key, or an unknown one
     │   ├── Forbidden             403  the key may not do this
     │   ├── NotFound              404
+    │   │   └── ModelNotFound     404  another model than the one that is served
     │   ├── MethodNotAllowed      405
     │   ├── RequestTimeout        408  the request was sent too slowly
     │   ├── HeadTooLarge          431
@@ -67,6 +69,10 @@ class InvalidRequest(RequestError):
     status, code = 422, "invalid_request"
 
 
+class UnsupportedParameter(RequestError):
+    code = "unsupported_parameter"
+
+
 class UnsupportedMediaType(RequestError):
     status, code = 415, "unsupported_media_type"
 
@@ -85,6 +91,10 @@ class Forbidden(RequestError):
 
 class NotFound(RequestError):
     status, type, code = 404, "not_found_error", "not_found"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
 
 
 class MethodNotAllowed(RequestError):

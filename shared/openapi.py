@@ -28,7 +28,7 @@ from shared.errors import (
 
 _ERROR_SCHEMA = {"$ref": "#/components/schemas/ErrorBody"}
 _WHAT = {
-    400: "The body cannot be parsed.",
+    400: "The body cannot be parsed, or asks for what cannot be done.",
     401: "No key, or an unknown one.",
     403: "The key may not do this.",
     404: "There is no such thing.",
