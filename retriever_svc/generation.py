@@ -146,6 +146,17 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
 
     Raises: StartupError: names the first file that is missing or differs.
     """
+    verify_sizes(folder, manifest)
+    for name, found in _hash_files(folder, manifest.files):
+        if found.sha256 != manifest.files[name].sha256:
+            raise StartupError(f"{folder / name} is damaged: its sha256 is not that of the manifest; {REBUILD}")
+
+
+def verify_sizes(folder: Path, manifest: Manifest) -> None:
+    """Look whether every file of the generation is there and as long as the manifest says, without reading it.
+
+    Raises: StartupError: names the first file that is missing or differs.
+    """
     for name, record in manifest.files.items():
         path = folder / name
         if not path.is_file():
@@ -154,9 +165,6 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
             raise StartupError(
                 f"{path} has {path.stat().st_size} bytes where its manifest says {record.size}; {REBUILD}"
             )
-    for name, found in _hash_files(folder, manifest.files):
-        if found.sha256 != manifest.files[name].sha256:
-            raise StartupError(f"{folder / name} is damaged: its sha256 is not that of the manifest; {REBUILD}")
 
 
 def flush(path: Path) -> None:

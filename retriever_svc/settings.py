@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from retriever_svc.index import CUDA_MAX_HITS, Device, GpuStorage
+from retriever_svc.devices import CUDA_MAX_HITS, Device, GpuStorage
 from shared.settings import ServiceSettings
 
 DEMO_PASSAGES = Path(__file__).parent.parent / "services" / "demo" / "data" / "passages.parquet"

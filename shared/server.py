@@ -126,7 +126,7 @@ async def _run(app: FastAPI, settings: ServiceSettings, config: uvicorn.Config, 
     # Bound first, so that a taken port shows before a model is loaded; it listens only when the app can answer.
     with _bind(settings) as sock:
         async with app.router.lifespan_context(app):
-            if not auth_is_on(settings) and not _is_loopback(sock.getsockname()[0]):
+            if not auth_is_on(settings) and not is_loopback(sock.getsockname()[0]):
                 log.warning("open_to_the_network", advice="set an admin key, or listen on 127.0.0.1")
             server = DrainingServer(config, app.state.drain, settings.drain_timeout_s, connections)
             await server.serve(sockets=[sock])
@@ -154,7 +154,7 @@ def _bind(settings: ServiceSettings) -> socket.socket:
     return sock
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     return host == "::1" or host.startswith("127.")
 
 

@@ -125,6 +125,8 @@ def _draws(asked: ChatRequest, options: RagOptions) -> bool:
 def _names(asked: ChatRequest) -> Renamed:
     most = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
     ours = {name: f"rag.{name}" for name in RagOptions.model_fields}
+    if asked.rag is None or (asked.rag.num_beams or 0) < (asked.n or 1):
+        ours["num_beams"] = "n"  # which they follow from
     return Renamed({**ours, "question": "messages", "num_return_sequences": "n", "max_new_tokens": most})
 
 

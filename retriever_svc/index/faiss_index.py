@@ -6,13 +6,14 @@ and search it on one and the same thread.
 """
 
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 import structlog
 
+from retriever_svc.devices import CUDA_MAX_HITS, Device, GpuStorage
 from retriever_svc.index import cagra
 from retriever_svc.index.building import EMBEDDINGS, INDEX
 from retriever_svc.index.huge_pages import to_huge_pages
@@ -22,14 +23,11 @@ from shared.errors import InvalidRequest, StartupError
 from shared.retrieval import Float32Array, Int64Array
 from shared.schemas import SearchParams
 
-Device = Literal["auto", "cpu", "cuda"]
-GpuStorage = Literal["float32", "float16"]
 _PARAMETERS: Any = faiss  # its type stubs lack most of what a search can be told
 _CAGRA: Any = _PARAMETERS.IndexHNSWCagra
 BoolArray = npt.NDArray[np.bool_]
 
 HALF_MAX = float(np.finfo(np.float16).max)
-CUDA_MAX_HITS = 2048  # faiss's k-selection on a GPU goes no further, nor do the lists that it probes
 
 # From how many queries on the CPU multiplies them as one matrix instead of one by one. faiss itself waits for
 # 128 000 numbers, 1000 queries of 128: measured on one core with 64 queries, one by one took 18.0 ms where the matrix

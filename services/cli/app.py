@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from services.cli import ask, demo, index, info, up
+from services.cli import ask, demo, doctor, index, info, up
 from shared.errors import RagError, StartupError
 
 FAILED, CANNOT_START, NOT_REACHABLE = 1, StartupError.exit_code, 4
@@ -34,6 +34,7 @@ app.command("up")(up.up)
 app.command("ask")(ask.ask)
 app.command("search")(ask.search)
 app.command("info")(info.info)
+app.command("doctor")(doctor.doctor)
 app.add_typer(index.app, name="index")
 app.add_typer(demo.app, name="demo")
 

@@ -7,6 +7,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from services.doctor.finding import Report
 from shared.schemas import Document, Health, QuestionResult, ServiceInfo
 
 
@@ -58,6 +59,29 @@ def render_info(info: ServiceInfo, url: str, health: Health, console: Console | 
     _add_rows(grid, "limits", info.limits)
     _add_rows(grid, "versions", info.versions)
     console.print(Padding(grid, (0, 0, 0, 2)))
+
+
+_MARKS = {"ok": ("ok", "green"), "note": ("note", "cyan"), "problem": ("PROBLEM", "bold red"), "skipped": ("-", "dim")}
+
+
+def render_report(report: Report, console: Console | None = None) -> None:
+    """What `rag doctor` found, a line a finding, what to do below it."""
+    console = console or Console(highlight=False)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in report.findings:
+        what = Text(finding.what)
+        if finding.mend:
+            what.append("\n→ ", "bold")
+            what.append(finding.mend)
+        table.add_row(Text(*_MARKS[finding.status]), finding.check, what)
+    console.print(table)
+    n = len(report.problems)
+    verdict = ("nothing is wrong", "green") if report.ok else (f"{n} problem{'s' * (n > 1)}", "bold red")
+    console.print()
+    console.print(Text(*verdict))
 
 
 def _share(probability: float) -> str:

@@ -262,6 +262,8 @@ def test_the_model_is_listed_and_described(client: openai.OpenAI, model: str) ->
 # --- errors ------------------------------------------------------------------------------------------------
 
 PASSAGES = [{"text": "x"}]
+TOOL_RESULT = {"role": "tool", "content": "x", "tool_call_id": "1"}
+AUDIO = {"role": "user", "content": [{"type": "input_audio"}]}
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
     ({"stop": ["\n"]}, "stop", "unsupported_parameter"),
@@ -283,8 +285,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": 2.5}, "temperature", "bad_request"),
     ({"n": 100}, "n", "bad_request"),
     ({"messages": [{"role": "user", "content": " "}]}, "messages", "bad_request"),
-    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages.0.tool_call_id", "unsupported_parameter"),
-    ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content.0.type", "bad_request"),
+    ({"messages": [TOOL_RESULT]}, "messages.0.tool_call_id", "unsupported_parameter"),
+    ({"messages": [AUDIO]}, "messages.0.content.0.type", "bad_request"),
 ]  # fmt: skip
 
 
@@ -349,7 +351,7 @@ def test_a_wrong_key_is_an_authentication_error(locked_up: Up, key: str) -> None
             lambda: ask(client, "acme/rag"),
             lambda: ask(client, "acme/rag", stream=True),
             lambda: client.embeddings.create(model="acme/rag", input="?"),
-            lambda: client.models.list(),
+            client.models.list,
         ):
             with pytest.raises(openai.AuthenticationError) as refused:
                 call()

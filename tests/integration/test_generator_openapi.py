@@ -28,11 +28,19 @@ expected-statuses = ["2xx", "404", "422", "504"]
 [checks.not_a_server_error]
 expected-statuses = ["2xx", "4xx", "504"]
 """
-OPTIONS = ["--checks", "all", "--max-examples", "40", "--continue-on-failure", "--seed", "7", "--no-color"]
+OPTIONS = ["--checks", "all", "--continue-on-failure", "--seed", "7", "--no-color"]
+HOOKS = ROOT / "tests" / "schemathesis_hooks.py"
+KEY = "reader-1234"
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> Iterator[str]:
+def key(request: pytest.FixtureRequest) -> str | None:
+    given: str | None = request.param
+    return given
+
+
+@pytest.fixture
+def url(tmp_path: Path, key: str | None) -> Iterator[str]:
     """A generator in a process of its own, with a small retriever behind it."""
     checkpoint = save_tiny_checkpoint(tmp_path / "tiny")
     embeddings = np.random.default_rng(0).standard_normal((6, 16), dtype=np.float32)
@@ -47,6 +55,7 @@ def url(tmp_path: Path) -> Iterator[str]:
             "GENERATOR_RETRIEVER_URL": retriever_url,
             "GENERATOR_DEVICE": "cpu",
             "GENERATOR_TORCH_THREADS": "1",
+            "GENERATOR_API_KEY": key or "",
         }
         process = subprocess.Popen([sys.executable, "-m", "generator_svc"], env=environment, stdout=log, stderr=log)
         try:
@@ -72,11 +81,22 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError(f"the generator is not ready; exit code {process.poll()}")
 
 
+# With keys, schemathesis also tries every operation without one (its check `ignored_auth`).
 @pytest.mark.slow
-def test_every_check_of_schemathesis_holds(url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("key", "examples"), [(None, "40"), (KEY, "10")], indirect=["key"])
+def test_every_check_of_schemathesis_holds(url: str, tmp_path: Path, key: str | None, examples: str) -> None:
     config = tmp_path / "schemathesis.toml"
     config.write_text(CONFIG)
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run", f"{url}/openapi.json"]
-    run = subprocess.run([*command, *OPTIONS], capture_output=True, text=True, check=False, cwd=tmp_path)
+    headers = ["--header", f"Authorization: Bearer {key}"] if key else []
+    environment = {**os.environ, "SCHEMATHESIS_HOOKS": str(HOOKS), "SERVED_MODEL": "tiny"}
+    run = subprocess.run(
+        [*command, *OPTIONS, "--max-examples", examples, *headers],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert "8 selected / 8 total" in run.stdout
+    assert "12 selected / 12 total" in run.stdout

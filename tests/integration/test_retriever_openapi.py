@@ -50,7 +50,8 @@ expected-statuses = ["2xx", "404", "409", "422"]
 """
 
 
-OPTIONS = ["--checks", "all", "--max-examples", "60", "--continue-on-failure", "--seed", "7", "--no-color"]
+KEYS = {"RETRIEVER_API_KEY": "reader-1234", "RETRIEVER_ADMIN_KEY": "admin-1234"}
+OPTIONS = ["--checks", "all", "--continue-on-failure", "--seed", "7", "--no-color"]
 
 
 def free_port() -> int:
@@ -60,7 +61,13 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> Iterator[str]:
+def keys(request: pytest.FixtureRequest) -> dict[str, str]:
+    given: dict[str, str] = request.param
+    return given
+
+
+@pytest.fixture
+def url(tmp_path: Path, keys: dict[str, str]) -> Iterator[str]:
     """A retriever in a process of its own. Its embeddings have one dimension: generated vectors often fit."""
     port = free_port()
     environment = {
@@ -70,6 +77,7 @@ def url(tmp_path: Path) -> Iterator[str]:
         "RETRIEVER_DATA_DIR": str(tmp_path / "data"),
         "RETRIEVER_SEED": str(write_seed(tmp_path / "seed.parquet", n=20, dimension=1)),
         "RETRIEVER_DEVICE": "cpu",
+        **keys,
     }
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([sys.executable, "-m", "retriever_svc"], env=environment, stdout=log, stderr=log)
@@ -94,8 +102,10 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError(f"the retriever is not ready; exit code {process.poll()}")
 
 
+# With keys, schemathesis also tries every operation without one (its check `ignored_auth`).
 @pytest.mark.slow
-def test_every_check_of_schemathesis_holds(url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("keys", "examples"), [({}, "60"), (KEYS, "15")], indirect=["keys"], ids=["open", "locked"])
+def test_every_check_of_schemathesis_holds(url: str, tmp_path: Path, keys: dict[str, str], examples: str) -> None:
     config = tmp_path / "schemathesis.toml"
     config.write_text(CONFIG)
     run = subprocess.run(
@@ -108,6 +118,9 @@ def test_every_check_of_schemathesis_holds(url: str, tmp_path: Path) -> None:
             "run",
             f"{url}/openapi.json",
             *OPTIONS,
+            "--max-examples",
+            examples,
+            *(["--header", f"Authorization: Bearer {keys['RETRIEVER_ADMIN_KEY']}"] if keys else []),
         ],
         capture_output=True,
         text=True,
