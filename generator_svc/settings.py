@@ -21,7 +21,7 @@ class GeneratorSettings(ServiceSettings):
         default=str(DEMO_CHECKPOINT), description="RAG checkpoint: a folder, or a model id on the Hugging Face hub."
     )
     model_name: str | None = Field(
-        default=None, min_length=1, max_length=200, description="Name that responses give the model; null: its own."
+        default=None, min_length=1, max_length=200, description="Name that responses give the model; without, its own."
     )
     device: str = Field(default="auto", description="`cpu`, `cuda`, `cuda:1` …; `auto`: CUDA where there is a GPU.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(

@@ -15,6 +15,13 @@ FAILED, CANNOT_START, NOT_REACHABLE = 1, StartupError.exit_code, 4
 _HINTS = {
     "unreachable": "Start both services with [bold]rag up[/bold], or name another address with [bold]--url[/bold].",
     "unauthorized": "Give the key with [bold]--api-key[/bold] or in the variable [bold]RAG_API_KEY[/bold].",
+    "forbidden": "Give the admin key with [bold]--api-key[/bold] or in the variable [bold]RAG_API_KEY[/bold].",
+    "unavailable": "It may be starting or stopping: try again; [bold]rag doctor[/bold] says what it waits for.",
+    "upstream_failed": "[bold]rag doctor[/bold] looks at both services and at what lies between them.",
+    "encoder_mismatch": "[bold]rag doctor[/bold] says which collections belong to the checkpoint.",
+    "overloaded": "The queue is full: try again in a moment.",
+    "deadline_exceeded": "Give it longer with [bold]--timeout-ms[/bold], or ask for fewer passages or beams.",
+    "startup_failed": "[bold]rag doctor[/bold] looks at the machine, the settings and the data folder.",
 }
 
 app = typer.Typer(
@@ -23,7 +30,10 @@ app = typer.Typer(
     epilog=(
         '**First steps:** `rag up` in one terminal, `rag ask "How many people live in Paris?"` in another.\n\n'
         "**Exit codes:** 0 done · 1 the service refused or failed the request · 2 wrong usage · "
-        "3 a service cannot start as it is set up · 4 no service answers, or it is not ready yet."
+        "3 a service cannot start as it is set up · 4 no service answers, or it is not ready yet. "
+        "`rag doctor`: 1 problems were found.\n\n"
+        "**For programs:** `--json` prints JSON on standard output and nothing else; messages go to standard error. "
+        "NO_COLOR=1 turns colours off; `rag --install-completion` completes commands and options with Tab."
     ),
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -42,7 +52,7 @@ app.add_typer(demo.app, name="demo")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `rag` and end the process with its exit code."""
     try:
-        app(arguments)
+        app(arguments, prog_name="rag")
     except RagError as error:
         _complain(error)
         sys.exit(_exit_code(error))

@@ -83,6 +83,7 @@ def search(
 
     - `rag search "rivers and capitals of Europe" --n-docs 10`
     - `rag search "rivers" --filter "title = 'Paris'"`
+    - `rag search "Where is Oslo?" --json | jq -r '.results[0].documents[].title'`
     """
     with connect(url, api_key) as client:
         response = client.search(question, n_docs=n_docs, collection=collection, filter=where, timeout_ms=timeout_ms)

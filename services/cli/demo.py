@@ -19,7 +19,12 @@ _FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 
 @app.command()
 def build() -> None:
-    """Write the corpus with its embeddings: what the retriever builds its first index from."""
+    """Write the corpus with its embeddings: what the retriever builds its first index from.
+
+    **Example**
+
+    - `rag demo build`
+    """
     _become("services.demo.build", [])
 
 

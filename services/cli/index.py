@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from services.cli.options import DEFAULT_RETRIEVER_URL, ApiKey, RetrieverUrl, connect
+from services.cli.options import DEFAULT_RETRIEVER_URL, ApiKey, AsJson, RetrieverUrl, connect, print_json, tell
 
 app = typer.Typer(
     help="Build, import, examine and copy collections in the retriever's data folder.",
@@ -55,6 +55,7 @@ def build(
     dtype: Annotated[str, typer.Option(help="float16 or float32, of the stored embeddings.")] = "float16",
     processes: Annotated[int, typer.Option(min=1, help="Processes that embed side by side.")] = 1,
     device: Annotated[str, typer.Option(help="Where to embed: auto, cpu, cuda.")] = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Build a collection from passages: embed them, store them, index them.
 
@@ -107,7 +108,7 @@ def build(
         with BuildProgress() as board:
             made = build_collection(folder, shards_source(work, space), options=options, progress=board.show)
         shutil.rmtree(work)
-    _report(folder, made)
+    _report(folder, made, as_json=as_json)
 
 
 @app.command("import")
@@ -125,6 +126,7 @@ def import_(
     kind: Kind = "flat",
     search_params: SearchParams = None,
     quantized: Annotated[bool, typer.Option(help="DPR: take vectors that its index keeps as 8-bit codes.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Take over passages and embeddings that another tool has made.
 
@@ -156,7 +158,7 @@ def import_(
     options = _options(kind, search_params, imported.faiss_file)
     with BuildProgress() as board:
         made = build_collection(folder, imported.source, options=options, progress=board.show)
-    _report(folder, made)
+    _report(folder, made, as_json=as_json)
 
 
 @app.command()
@@ -171,8 +173,15 @@ def add(
     name: Annotated[str, typer.Option("--name", help="The collection, on a retriever that runs.")] = "default",
     retriever_url: RetrieverUrl = DEFAULT_RETRIEVER_URL,
     api_key: ApiKey = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Store passages in a collection that serves: each batch is found as soon as it is acknowledged."""
+    """Store passages in a collection that serves: each batch is found as soon as it is acknowledged.
+
+    **Examples**
+
+    - `rag index add more.jsonl --encoder ./context_encoder --split 100`
+    - `rag index add embedded.parquet --name news --new-ids --api-key $ADMIN_KEY`
+    """
     import pyarrow as pa
 
     from services.indexing.batches import embedded_batches
@@ -184,7 +193,8 @@ def add(
             gone += client.upsert(sent, collection=name).gone
             written += len(batch)
             show(written, None)
-    print(f"{written:,} passages stored, {gone:,} of them in place of others")
+    found = {"collection": name, "written": written, "replaced": gone}
+    tell(found, f"{written:,} passages stored, {gone:,} of them in place of others", as_json=as_json)
 
 
 @app.command()
@@ -194,10 +204,17 @@ def delete(
     name: Annotated[str, typer.Option("--name", help="The collection, on a retriever that runs.")] = "default",
     retriever_url: RetrieverUrl = DEFAULT_RETRIEVER_URL,
     api_key: ApiKey = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Delete passages from a collection that serves."""
+    """Delete passages from a collection that serves.
+
+    **Example**
+
+    - `rag index delete 17 18 --name news`
+    """
     with connect(retriever_url, api_key, retriever_url) as client:
-        print(f"{client.delete(ids, collection=name).gone:,} passages deleted")
+        gone = client.delete(ids, collection=name).gone
+    tell({"collection": name, "deleted": gone}, f"{gone:,} passages deleted", as_json=as_json)
 
 
 @app.command()
@@ -266,11 +283,19 @@ def plan(
     text_bytes: Annotated[int, typer.Option(min=1, help="Of a passage's title and text; 100 words: 620.")] = 620,
     ram_gb: Annotated[float | None, typer.Option(min=0, help="Memory to use. [default: this machine's]")] = None,
     query_ms: Annotated[float, typer.Option(min=0, help="What a single query may take.")] = 50,
+    as_json: AsJson = False,
 ) -> None:
     """Tell what each kind of index would need on a machine like this one, and which one to take.
 
     Sizes are computed; times are measured on small indexes, here and now, and extrapolated: keep the machine quiet.
+
+    **Examples**
+
+    - `rag index plan 21_000_000`
+    - `rag index plan 1_000_000 --dimension 384 --ram-gb 8 --query-ms 5`
     """
+    from dataclasses import asdict
+
     from rich.console import Console
     from rich.table import Table
 
@@ -287,21 +312,31 @@ def plan(
             sizes = [f"{size / 1e9:,.1f} GB" if size else "-" for size in (need.ram, need.vram, need.cached, need.disk)]
             build = f"{need.build_s / 60:,.1f} min" if need.build_s < 7200 else f"{need.build_s / 3600:,.1f} h"
             table.add_row(need.kind, *sizes, build, f"{need.query_s * 1e3:,.2f} ms", f"{need.recall:.2f}")
-    Console().print(table)
     memory = memory_of_machine() if ram_gb is None else ram_gb * 1e9
     chosen = choose(found, memory, query_ms / 1e3)
+    if as_json:
+        print_json({"kinds": [asdict(need) for need in found], "take": chosen.kind if chosen else None})
+        return
+    Console().print(table)
     limits = f"{memory / 1e9:,.1f} GB of RAM and {query_ms:g} ms a query"
     print(f"take {chosen.kind}: within {limits} it misses least" if chosen else f"no kind fits into {limits}")
 
 
 @app.command("list")
-def list_(data_dir: DataDir = Path("data")) -> None:
-    """The collections of the data folder, and what each generation holds."""
+def list_(data_dir: DataDir = Path("data"), as_json: AsJson = False) -> None:
+    """The collections of the data folder, and what each generation holds.
+
+    **Examples**
+
+    - `rag index list --data-dir /var/lib/rag`
+    - `rag index list --json | jq '.[] | select(.serves).encoder'`
+    """
     from rich.console import Console
     from rich.table import Table
 
     from retriever_svc import generation as gen
 
+    found = []
     table = Table("collection", "generation", "kind", "passages", "dimension", "encoder", "made")
     for pointer in sorted((data_dir / COLLECTIONS).glob(f"*/{gen.CURRENT}")):
         current = gen.current_generation(pointer.parent).name
@@ -312,7 +347,13 @@ def list_(data_dir: DataDir = Path("data")) -> None:
             mark = f"{folder.name} (serves)" if folder.name == current else folder.name
             shown = (manifest.kind, f"{manifest.count:,}", str(manifest.dimension), manifest.encoder)
             table.add_row(pointer.parent.name, mark, *shown, manifest.created_at)
-    Console().print(table)
+            fields = ("kind", "count", "dimension", "dtype", "encoder", "created_at")
+            about = {"collection": pointer.parent.name, "generation": folder.name, "serves": folder.name == current}
+            found.append({**about, **{field: getattr(manifest, field) for field in fields}})
+    if as_json:
+        print_json(found)
+    else:
+        Console().print(table)
 
 
 @app.command()
@@ -320,19 +361,33 @@ def reload(
     name: Annotated[str, typer.Argument(help="The collection.")],
     retriever_url: RetrieverUrl = DEFAULT_RETRIEVER_URL,
     api_key: ApiKey = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Let a retriever that runs serve what was built since it started."""
+    """Let a retriever that runs serve what was built since it started.
+
+    **Example**
+
+    - `rag index reload news --api-key $ADMIN_KEY`
+    """
     with connect(retriever_url, api_key, retriever_url) as client:
         found = client.reload(name)
-    print(f"{found.name}: {found.count:,} passages, generation {found.generation}")
+    text = f"{found.name}: {found.count:,} passages, generation {found.generation}"
+    tell(found.model_dump(), text, as_json=as_json)
 
 
 @app.command()
 def verify(
     name: Annotated[str | None, typer.Argument(help="The collection. [default: all of them]")] = None,
     data_dir: DataDir = Path("data"),
+    as_json: AsJson = False,
 ) -> None:
-    """Read every byte of collections and compare it with its checksum; load them, and all changes since."""
+    """Read every byte of collections and compare it with its checksum; load them, and all changes since.
+
+    **Examples**
+
+    - `rag index verify`
+    - `rag index verify news --data-dir /var/lib/rag`
+    """
     from retriever_svc import generation as gen
     from retriever_svc.collection import Collection
     from shared.errors import NotFound
@@ -340,12 +395,17 @@ def verify(
     found = sorted(path.parent for path in (data_dir / COLLECTIONS).glob(f"{name or '*'}/{gen.CURRENT}"))
     if not found:
         raise NotFound(f"{data_dir} holds no collection{f' `{name}`' if name else ''}")
+    sound = []
     for folder in found:
         for generation in sorted((folder / gen.GENERATIONS).iterdir()):
             if not generation.name.startswith("."):
                 gen.verify_files(generation, gen.read_manifest(generation))
         collection = Collection.open(folder, device="cpu")
-        print(f"{folder.name}: sound, {collection.count:,} passages, {collection.applied} changes")
+        if not as_json:
+            print(f"{folder.name}: sound, {collection.count:,} passages, {collection.applied} changes")
+        sound.append({"collection": folder.name, "count": collection.count, "changes": collection.applied})
+    if as_json:
+        print_json(sound)
 
 
 @app.command()
@@ -353,12 +413,20 @@ def snapshot(
     name: Annotated[str, typer.Argument(help="The collection.")],
     target: Annotated[str, typer.Argument(help="Folder or object-store URL (s3://…, gs://…, file://…) to copy to.")],
     data_dir: DataDir = Path("data"),
+    as_json: AsJson = False,
 ) -> None:
-    """Copy what a collection holds now: its generation and the changes since. The service may go on."""
+    """Copy what a collection holds now: its generation and the changes since. The service may go on.
+
+    **Example**
+
+    - `rag index snapshot news s3://backups/news-2026-01-31`
+    """
     from retriever_svc.snapshots import save_snapshot
 
     with _bar("copying") as show:
-        print(f"{save_snapshot(data_dir / COLLECTIONS / name, target, show)} files copied to {target}")
+        files = save_snapshot(data_dir / COLLECTIONS / name, target, show)
+    found = {"collection": name, "target": target, "files": files}
+    tell(found, f"{files} files copied to {target}", as_json=as_json)
 
 
 @app.command()
@@ -366,12 +434,20 @@ def restore(
     source: Annotated[str, typer.Argument(help="Folder or object-store URL that `rag index snapshot` wrote.")],
     name: Annotated[str, typer.Argument(help="The collection to make; it must not be there yet.")],
     data_dir: DataDir = Path("data"),
+    as_json: AsJson = False,
 ) -> None:
-    """Make a collection from a snapshot: all of it, verified, or nothing."""
+    """Make a collection from a snapshot: all of it, verified, or nothing.
+
+    **Example**
+
+    - `rag index restore s3://backups/news-2026-01-31 news`
+    """
     from retriever_svc.snapshots import restore_snapshot
 
     with _bar("copying") as show:
-        print(f"{restore_snapshot(source, _collection(data_dir, name), show)} files restored as `{name}`")
+        files = restore_snapshot(source, _collection(data_dir, name), show)
+    found = {"collection": name, "source": source, "files": files}
+    tell(found, f"{files} files restored as `{name}`", as_json=as_json)
 
 
 def _collection(data_dir: Path, name: str) -> Path:
@@ -418,13 +494,15 @@ def _is_dpr(path: Path) -> bool:
     return path.name.endswith(".index.dpr")
 
 
-def _report(folder: Path, generation: str) -> None:
+def _report(folder: Path, generation: str, *, as_json: bool) -> None:
     from retriever_svc import generation as gen
 
     manifest = gen.read_manifest(folder / gen.GENERATIONS / generation)
     size = sum(record.size for record in manifest.files.values()) / 1e6
-    print(f"{folder.name}: {manifest.count:,} passages, {manifest.factory}, {size:,.1f} MB, generation {generation}")
-    print(f"a retriever that runs serves it after: rag index reload {folder.name}")
+    text = f"{folder.name}: {manifest.count:,} passages, {manifest.factory}, {size:,.1f} MB, generation {generation}"
+    found = {"collection": folder.name, "generation": generation, "bytes": round(size * 1e6)}
+    found |= {name: getattr(manifest, name) for name in ("count", "kind", "factory", "dimension", "encoder")}
+    tell(found, f"{text}\na retriever that runs serves it after: rag index reload {folder.name}", as_json=as_json)
 
 
 @contextmanager

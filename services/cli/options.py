@@ -1,7 +1,7 @@
 """Options that several commands share."""
 
 # ruff: noqa: PLC0415  (imports inside commands: see services.cli)
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +22,7 @@ Filter = Annotated[
     str | None,
     typer.Option("--filter", help="SQL condition on metadata columns, id, title and text that passages fulfil."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the service's response as JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_RETRIEVER_URL = "http://127.0.0.1:8001"
@@ -34,6 +34,16 @@ def connect(url: str, api_key: str | None, retriever_url: str | None = None) -> 
     return RagClient(url, api_key=api_key, retriever_url=retriever_url)
 
 
-def print_json(*models: "BaseModel") -> None:
-    for model in models:
-        print(model.model_dump_json(indent=2))
+def print_json(found: "BaseModel | dict[str, Any] | list[Any]") -> None:
+    """One JSON document, numbers and names as the services give them."""
+    from pydantic_core import to_json
+
+    print(to_json(found, indent=2).decode())
+
+
+def tell(found: dict[str, Any], text: str, *, as_json: bool) -> None:
+    """What came of a command: as JSON, or in words."""
+    if as_json:
+        print_json(found)
+    else:
+        print(text)

@@ -194,10 +194,14 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description="Measure the demo on entities that training never saw.")
     parser.add_argument("--questions", type=int, default=800, help="number of test questions (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="folder to write demo_eval.json and demo_eval.txt to")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON, and nothing else")
     options = parser.parse_args()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own, for every file it reads
     report = evaluate_demo(n_questions=options.questions)
-    print_report(report, Console())
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_report(report, Console())
     if options.output:
         save_report(report, options.output)
 

@@ -27,6 +27,16 @@ expected-statuses = ["2xx", "404", "422", "504"]
 
 [checks.not_a_server_error]
 expected-statuses = ["2xx", "4xx", "504"]
+
+# OpenAI's shapes refuse by 400, as OpenAI does.
+[[operations]]
+include-path-regex = "/v1/(chat/completions|embeddings)"
+
+[operations.checks.positive_data_acceptance]
+expected-statuses = ["2xx", "400", "404", "504"]
+
+[operations.checks.not_a_server_error]
+expected-statuses = ["2xx", "4xx", "504"]
 """
 OPTIONS = ["--checks", "all", "--continue-on-failure", "--seed", "7", "--no-color"]
 HOOKS = ROOT / "tests" / "schemathesis_hooks.py"

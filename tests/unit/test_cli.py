@@ -4,17 +4,31 @@ real services under it are tested in tests/e2e.
 
 import http.server
 import json
+import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from services.cli import main
-from shared.errors import InvalidRequest, Unauthorized, Unavailable, error_to_wire
+from services.cli.app import app
+from shared.errors import (
+    ERRORS_BY_CODE,
+    EncoderMismatch,
+    Forbidden,
+    InvalidRequest,
+    RagError,
+    Unauthorized,
+    Unavailable,
+    error_to_wire,
+)
 from shared.schemas import (
     Answer,
     AnswerResponse,
@@ -259,13 +273,102 @@ def test_wrong_usage_has_code_2(rag: Rag) -> None:
     assert rag("ask", "q", "--min-probability", "2")[0] == 2
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["up"], ["ask"], ["search"], ["info"], ["demo"], ["demo", "build"]], ids=" ".join
-)
-def test_every_command_explains_itself(rag: Rag, command: list[str]) -> None:
+def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command of `rag` by its words, groups left out."""
+    group = group or typer.main.get_command(app)
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+COMMANDS = dict(commands())
+OF_A_MODULE = {("demo", "train"), ("demo", "eval")}  # their options, and help, are those of the module
+
+
+@pytest.mark.parametrize("command", [(), ("index",), ("demo",), *(COMMANDS.keys() - OF_A_MODULE)], ids=" ".join)
+def test_every_command_explains_itself(rag: Rag, command: tuple[str, ...]) -> None:
     code, out, _ = rag(*command, "--help")
     assert code == 0
-    assert "Usage" in out
+    assert f"Usage: {' '.join(('rag', *command))}" in out
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize("command", COMMANDS.keys() - OF_A_MODULE, ids=" ".join)
+def test_every_command_shows_an_example(rag: Rag, command: tuple[str, ...]) -> None:
+    assert f"`rag {' '.join(command)}" in str(COMMANDS[command].help)
+
+
+@pytest.mark.parametrize("command", COMMANDS.keys() - OF_A_MODULE - {("up",), ("demo", "build")}, ids=" ".join)
+def test_every_command_that_tells_something_tells_it_as_json(command: tuple[str, ...]) -> None:
+    options = {option for parameter in COMMANDS[command].params for option in parameter.opts}
+    assert "--json" in options
+
+
+def test_info_is_one_json_document(rag: Rag, service: Canned) -> None:
+    info = ServiceInfo(service="generator", model={"name": "demo"}, **LIMITS)
+    service.responses["/info"] = 200, info.model_dump()
+    service.responses["/readyz"] = 503, Health(status="unavailable", reasons=["building"]).model_dump()
+    code, out, _ = rag("info", "--json", "--url", service.url, "--retriever-url", service.url)
+    assert code == 0
+    found = json.loads(out)["generator"]
+    assert (found["url"], found["info"]["model"]) == (service.url, {"name": "demo"})
+    assert found["health"] == {"status": "unavailable", "reasons": ["building"]}
+
+
+def test_errors_leave_standard_output_to_json(rag: Rag, service: Canned) -> None:
+    service.responses["/v1/answer"] = 422, error_to_wire(InvalidRequest("n_docs: at most 50"), "r-17")
+    code, out, err = rag("ask", "q", "--json", "--url", service.url)
+    assert (code, out) == (1, "")
+    assert "n_docs" in err
+
+
+@pytest.mark.parametrize("error", ERRORS_BY_CODE.values(), ids=lambda error: error.code)
+def test_what_another_try_or_a_setting_would_mend_says_so(rag: Rag, service: Canned, error: type[RagError]) -> None:
+    service.responses["/v1/answer"] = error.status, error_to_wire(error("it went wrong"))
+    _, _, err = rag("ask", "q", "--url", service.url)
+    assert "it went wrong" in err
+    if error.retryable or error in (Unauthorized, Forbidden, EncoderMismatch):
+        assert len(err.strip().splitlines()) > 1, "no word on what to do"
+
+
+def colours(text: str) -> list[str]:
+    return re.findall(r"\x1b\[[0-9;]*\b(?:3[0-7]|9[0-7]|38|4[0-7])[0-9;]*m", text)
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_colours_respect_no_color(service: Canned, no_color: bool) -> None:
+    environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": "100"}
+    environment |= {"NO_COLOR": "1"} if no_color else {}
+    for command in (["ask", "q", "--url", service.url], ["--help"]):
+        ran = subprocess.run(
+            [sys.executable, "-m", "services.cli", *command],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert bool(colours(ran.stdout)) != no_color, ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [("rag do", "doctor"), ("rag index re", "reload"), ("rag ask --num", "--num-beams")]
+)
+def test_the_shell_completes_commands_and_options(words: str, expected: str) -> None:
+    asked = {"_RAG_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    ran = subprocess.run(
+        [sys.executable, "-m", "services.cli"], env={**os.environ, **asked}, capture_output=True, text=True, check=False
+    )
+    assert expected in ran.stdout.split()
+
+
+def test_completion_is_installed_for_the_shell(tmp_path: Path) -> None:
+    home = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    command = [sys.executable, "-m", "services.cli", "--install-completion", "bash"]
+    subprocess.run(command, env=home, capture_output=True, text=True, check=True)
+    written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+    assert "_RAG_COMPLETE" in written
 
 
 def test_the_exit_codes_are_documented(rag: Rag) -> None:
