@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from services.doctor.finding import Finding
-from tests.e2e.running import RAG, ROOT, Up, environment, free_ports
+from tests.e2e.running import RAG, ROOT, START_WITHIN_S, Up, environment, free_ports, until
 from tests.retriever_data import ENCODER, write_seed
 from tests.retriever_process import RetrieverProcess
 
@@ -181,15 +181,37 @@ def test_missing_weights(fault: str, tmp_path: Path) -> None:
     assert ("git lfs pull" if fault == "pointer" else "GENERATOR_CHECKPOINT") in str(finding.mend)
 
 
-def test_a_retriever_that_cannot_be_reached(own_up: Up, data_dir: Path) -> None:
-    """Its process is stopped under the generator, which goes on, and says so too."""
-    nowhere = f"http://127.0.0.1:{free_ports(1)[0]}"
-    generator = {"GENERATOR_PORT": own_up.url.rpartition(":")[2], "GENERATOR_RETRIEVER_URL": nowhere}
-    examined = Examined(RETRIEVER_DATA_DIR=str(data_dir), RETRIEVER_PORT=ports()["RETRIEVER_PORT"], **generator)
-    finding = examined.problem("retriever", nowhere, "cannot be reached")
+@pytest.fixture
+def lonely(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The settings of a generator that runs, and whose retriever does not."""
+    settings = ports()
+    settings["GENERATOR_RETRIEVER_URL"] = f"http://127.0.0.1:{settings['RETRIEVER_PORT']}"
+    command = [sys.executable, "-m", "generator_svc"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(**settings), stdout=log, stderr=log)
+        try:
+            until(lambda: '"listening"' in (tmp_path / "log").read_text(), START_WITHIN_S, "the generator listens")
+            yield settings
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def test_a_retriever_that_cannot_be_reached(lonely: dict[str, str], tmp_path: Path) -> None:
+    examined = Examined(RETRIEVER_DATA_DIR=str(tmp_path / "data"), **lonely)
+    finding = examined.problem(f"the retriever at {lonely['GENERATOR_RETRIEVER_URL']} cannot be reached")
     assert finding.check == "neighbours"
     assert "python -m retriever_svc" in str(finding.mend)
     assert "GENERATOR_RETRIEVER_URL" in str(finding.mend)
+    assert "cannot be reached" in examined.problem("the generator at", "is not ready").what  # and who suffers
+
+
+def test_a_retriever_that_nobody_expects_yet_is_no_fault(tmp_path: Path) -> None:
+    """Named, and not there, it is one; before `rag up` it is not."""
+    settings = {**ports(), "RETRIEVER_DATA_DIR": str(tmp_path / "data")}
+    assert Examined(**settings).report["ok"]
+    nowhere = f"http://127.0.0.1:{settings['RETRIEVER_PORT']}"
+    assert Examined(GENERATOR_RETRIEVER_URL=nowhere, **settings).problem(nowhere).check == "neighbours"
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["little room", "none at all"])
