@@ -23,9 +23,11 @@ def check(deployment: Deployment) -> Iterator[Finding]:
     for name in sorted(os.environ):
         if name.endswith("_KEY_FILE") and name.startswith(("GENERATOR_", "RETRIEVER_")) and os.environ[name]:
             yield from _file(name, Path(os.environ[name]))
-    for service in ("generator", "retriever"):
-        yield from _door(deployment, service)
-    yield from _between(deployment)
+    yield from _door(deployment, "generator")
+    between = list(_between(deployment))
+    if not between or deployment.api_key:  # else it is the same key, told once
+        yield from _door(deployment, "retriever")
+    yield from between
 
 
 def _settings(service: Service, settings: ServiceSettings) -> Iterator[Finding]:
