@@ -93,12 +93,16 @@ class ServiceSettings(BaseSettings):
     )
     otlp_service_name: str | None = Field(default=None, description="Name in traces; default: rag- and the service's.")
 
-    @field_validator("api_key", "admin_key")
+    @field_validator("*")
     @classmethod
-    def _fits_a_header(cls, key: SecretStr | None) -> SecretStr | None:
-        if key is not None and not all("!" <= char <= "~" for char in key.get_secret_value()):
-            raise ValueError("a key consists of visible ASCII characters without spaces")
-        return key
+    def _keys_fit_a_header(cls, value: Any) -> Any:
+        if isinstance(value, SecretStr):
+            # An empty one, from a file that was never filled, would let everybody in.
+            if not value.get_secret_value():
+                raise ValueError("the key is empty")
+            if not all("!" <= char <= "~" for char in value.get_secret_value()):
+                raise ValueError("a key consists of visible ASCII characters without spaces")
+        return value
 
     @field_validator("otlp_endpoint")
     @classmethod
@@ -179,14 +183,18 @@ Settings = TypeVar("Settings", bound=ServiceSettings)
 
 
 def load_settings(cls: type[Settings]) -> Settings:
-    """The settings of the environment. A key may also come from a file: ``RETRIEVER_API_KEY_FILE=/run/secrets/key``.
+    """The settings of the environment. Every key may come from a file: ``RETRIEVER_API_KEY_FILE=/run/secrets/key``.
 
     Raises:
         StartupError: a value is refused, or a variable with the service's prefix is no setting.
     """
     prefix = cls.model_config.get("env_prefix", "").upper()
     known = {prefix + name.upper() for name in cls.model_fields}
-    key_files = {prefix + name + _FILE_SUFFIX: name.lower() for name in ("API_KEY", "ADMIN_KEY", "CLIENT_KEYS")}
+    key_files = {
+        prefix + name.upper() + _FILE_SUFFIX: name
+        for name, field in cls.model_fields.items()
+        if field.annotation == SecretStr | None
+    }
     _refuse_unknown(prefix, {*known, *key_files})
     keys: dict[str, Any] = {
         field: _read_key(variable) for variable, field in key_files.items() if os.environ.get(variable)

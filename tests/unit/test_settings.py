@@ -14,6 +14,7 @@ class OvenSettings(ServiceSettings):
     model_config = SettingsConfigDict(env_prefix="OVEN_")
 
     heat: int = 180
+    larder_api_key: SecretStr | None = None
 
 
 def test_variables_with_the_prefix_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,6 +69,26 @@ def test_a_key_may_come_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     monkeypatch.setenv("OVEN_ADMIN_KEY", "of-the-variable")
     with pytest.raises(StartupError, match="both set"):
+        load_settings(OvenSettings)
+
+
+def test_a_key_of_the_service_itself_may_come_from_a_file_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text("of-the-file\n")
+    monkeypatch.setenv("OVEN_LARDER_API_KEY_FILE", str(path))
+    assert load_settings(OvenSettings).larder_api_key == SecretStr("of-the-file")
+
+
+def test_an_empty_variable_names_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVEN_API_KEY_FILE", "")
+    assert load_settings(OvenSettings).api_key is None
+
+
+def test_an_empty_key_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text("\n")
+    monkeypatch.setenv("OVEN_ADMIN_KEY_FILE", str(path))
+    with pytest.raises(StartupError, match="OVEN_ADMIN_KEY: the key is empty"):
         load_settings(OvenSettings)
 
 
