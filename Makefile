@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test test-fast check lint docs demo-model bench bench-engine bench-serve bench-retriever bench-overload audit sbom parity crash swap gpu-check clean browser prometheus bench-build
+.PHONY: help setup setup-dev run test test-fast check lint docs demo-model bench bench-engine bench-serve bench-retriever bench-overload audit sbom parity crash swap gpu-check clean browser prometheus bench-build docker-test
 
 PYTHON ?= python3
 VENV   := .venv
@@ -31,10 +31,14 @@ run: setup  ## start both services and print the address of the page
 	@$(BIN)/rag up
 
 test: setup-dev browser prometheus  ## set everything up and run all tests, with coverage
-	@$(BIN)/python -m pytest --cov --cov-report=term
+	@$(BIN)/python -m pytest -m 'not docker' --cov --cov-report=term
 
 test-fast: setup-dev
-	@$(BIN)/python -m pytest -q -m 'not slow and not browser and not gpu'
+	@$(BIN)/python -m pytest -q -m 'not slow and not browser and not gpu and not docker'
+
+docker-test: setup-dev  ## build both images and break the stack of containers on purpose (needs a Docker engine with Compose)
+	@docker compose build
+	@RAG_REQUIRE_DOCKER=1 $(BIN)/python -m pytest tests/docker
 
 check: lint test-fast  ## lint, format, types, import rules, fast tests: what to run before a commit
 
@@ -43,6 +47,7 @@ lint: setup-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/hadolint --failure-threshold warning Dockerfile.retriever Dockerfile.generator
 
 docs: setup-dev  ## build the API reference and both OpenAPI files into build/docs
 	@$(BIN)/python -m services.docs build/docs
