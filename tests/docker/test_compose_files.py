@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +52,30 @@ def test_keys_reach_the_services_as_files() -> None:
     assert environment["GENERATOR_API_KEY_FILE"] == "/run/secrets/api_key"
     assert environment["GENERATOR_ADMIN_KEY_FILE"] == "/run/secrets/admin_key"
     assert environment["GENERATOR_RETRIEVER_API_KEY_FILE"] == "/run/secrets/api_key"
+
+
+def endpoints(**variables: str) -> set[str]:
+    services = config(**variables)["services"]
+    return {services[name]["environment"][f"{name.upper()}_OTLP_ENDPOINT"] for name in OURS}
+
+
+def test_traces_are_sent_under_the_profile_only_or_where_a_variable_says() -> None:
+    assert endpoints() == {""}
+    assert endpoints(COMPOSE_PROFILES="monitoring") == {"http://otel-collector:4318"}
+    assert endpoints(OTLP_ENDPOINT="http://elsewhere:4318") == {"http://elsewhere:4318"}
+
+
+def test_the_profile_brings_what_watches_and_every_file_that_it_mounts_is_there() -> None:
+    services = config(COMPOSE_PROFILES="monitoring")["services"]
+    assert sorted(set(services) - set(OURS)) == ["grafana", "jaeger", "otel-collector", "prometheus"]
+    for service in services.values():
+        assert service["cap_drop"] == ["ALL"]
+        assert int(service["mem_limit"]) > 0
+    mounts = [mount for service in services.values() for mount in service.get("volumes", []) if mount["type"] == "bind"]
+    assert len(mounts) == 5
+    for mount in mounts:
+        assert mount["read_only"] is True
+        assert Path(mount["source"]).exists()
 
 
 def test_the_gpu_file_reserves_gpus_and_builds_for_them() -> None:
