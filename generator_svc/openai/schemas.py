@@ -7,15 +7,18 @@ from pydantic_core import PydanticCustomError
 
 from generator_svc.openai.fields import UNSUPPORTED, Only
 from shared.schemas import (
+    FILTER,
     AnswerToken,
     CollectionName,
     Document,
+    Filter,
     IndexInfo,
     NonNegative,
     OwnPassage,
     Positive,
     Question,
     Request,
+    SearchParams,
     Sent,
     Strategy,
     Wire,
@@ -73,6 +76,8 @@ class RagOptions(Request):
     strategy: Strategy | None = None
     n_docs: Positive | None = None
     collection: CollectionName = "default"
+    filter: Filter | None = Field(default=None, description=FILTER)
+    search_params: SearchParams | None = None
     passages: list[OwnPassage] | None = Field(default=None, min_length=1, fail_fast=True)
     num_beams: Positive | None = Field(default=None, description="Default: `n`.")
     min_new_tokens: NonNegative = 0

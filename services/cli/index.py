@@ -233,6 +233,7 @@ def create(
     search_params: SearchParams = None,
     retriever_url: RetrieverUrl = DEFAULT_RETRIEVER_URL,
     api_key: ApiKey = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make a collection without passages on a retriever that runs, to be filled with `rag index add` or over REST.
 
@@ -253,7 +254,8 @@ def create(
         made = client.create_collection(
             name, dimension=dimension, encoder=fingerprint or _space_of(checkpoint), **options
         )
-    print(f"{made.name}: empty, {made.kind}, {made.dimension} numbers of {made.dtype} a passage")
+    text = f"{made.name}: empty, {made.kind}, {made.dimension} numbers of {made.dtype} a passage"
+    tell(made.model_dump(), text, as_json=as_json)
 
 
 @app.command()
@@ -266,13 +268,19 @@ def drop(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     retriever_url: RetrieverUrl = DEFAULT_RETRIEVER_URL,
     api_key: ApiKey = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Remove a collection from a retriever that runs: its passages, its generations, everything, for good."""
+    """Remove a collection from a retriever that runs: its passages, its generations, everything, for good.
+
+    **Example**
+
+    - `rag index drop news --yes --api-key $ADMIN_KEY`
+    """
     if not yes:
-        typer.confirm(f"Remove the collection `{name}` at {retriever_url} for good?", abort=True)
+        typer.confirm(f"Remove the collection `{name}` at {retriever_url} for good?", abort=True, err=as_json)
     with connect(retriever_url, api_key, retriever_url) as client:
         client.drop_collection(name, remove_aliases=remove_aliases)
-    print(f"{name} is removed")
+    tell({"collection": name, "removed": True}, f"{name} is removed", as_json=as_json)
 
 
 @app.command()
