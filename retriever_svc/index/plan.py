@@ -21,7 +21,7 @@ from retriever_svc.text_file import offsets_bytes
 
 KMEANS_ROUNDS = 10  # of faiss's inverted lists
 MOST_FOR_CODES = 256 * SAMPLE_A_CODE  # vectors that code books are learnt from
-PROCESS_BYTES = 300e6  # the service without a collection
+PROCESS_BYTES = 110e6  # the service without a collection, what no file backs
 IDS_BYTES = 17  # id, its place in the order of ids, and whether it is alive
 GRAPH_LINKS = 128
 COARSE_LINKS = 32

@@ -26,7 +26,7 @@ from retriever_svc import ranking
 from retriever_svc.checkpoint import BuildPlan, Work
 from retriever_svc.index.building import EMBEDDINGS, INDEX, build_index, train
 from retriever_svc.index.faiss_index import Index, use_threads
-from retriever_svc.index.kinds import HNSW_CONSTRUCTION, PRESETS, core_of, empty_index, recipe
+from retriever_svc.index.kinds import HNSW_CONSTRUCTION, PRESETS, empty_index, recipe
 from retriever_svc.index.vectors import MappedVectors, VectorsFile
 from retriever_svc.passages import passage_schema
 from retriever_svc.ranking import Segment
@@ -35,6 +35,7 @@ from retriever_svc.source import from_parquet
 from shared.retrieval import Float32Array
 
 ROWS = (2048, 8192)  # of the small and the large probe
+STORED_ROWS = (2048, 32_768)  # of those of storing, where a wait for the disk weighs more than a thousand rows
 CENTRE_OF = 40  # vectors a cluster
 QUERIES = 32
 N_DOCS = 5
@@ -76,9 +77,10 @@ class Probe:
 
     @cached_property
     def _recorded(self) -> tuple[float, float, float, float]:
-        small, large = (self._record(rows) for rows in ROWS)
-        a_row_s = max(0.0, large[0] - small[0]) / (ROWS[1] - ROWS[0])
-        return max(0.0, small[0] - ROWS[0] * a_row_s), a_row_s, large[1] / ROWS[1], large[2] / ROWS[1]
+        small, large = (self._record(rows) for rows in STORED_ROWS)
+        few, many = STORED_ROWS
+        a_row_s = max(0.0, large[0] - small[0]) / (many - few)
+        return max(0.0, small[0] - few * a_row_s), a_row_s, large[1] / many, large[2] / many
 
     @property
     def record_fixed_s(self) -> float:
@@ -126,7 +128,8 @@ class Probe:
         words = np.array(["".join(dice.choice(list("abcdefghijklmnopqrstuvwxyz"), 5)) for _ in range(4096)])
         schema = passage_schema(self._dimension, str(self._dtype))
         for start in range(0, rows, 1024):
-            part = self._vectors_ND[start : start + 1024].astype(self._dtype)
+            first = start % len(self._vectors_ND)
+            part = self._vectors_ND[first : first + min(1024, rows - start)].astype(self._dtype)
             n = len(part)
             texts = [
                 " ".join(row) for row in words[dice.integers(0, 4096, (n, max(1, self._text_bytes // 6)))].tolist()
@@ -164,7 +167,7 @@ class Probe:
     @cached_property
     def codes(self) -> tuple[float, float]:
         """Of product quantization: seconds to train its books a row, and to encode a row."""
-        index = core_of(self._empty("ivf-pq"))
+        index: Any = self._empty("ivf-pq")
         books: Any = index.pq
         books.cp.min_points_per_centroid = 1
         train_s = _timed(lambda: books.train(self._vectors_ND[:CODE_TRAINING]))
@@ -273,7 +276,7 @@ class Probe:
 
     def _lists(self, kind: str) -> Any:
         """Inverted lists around vectors that were not clustered: their number counts, not their places."""
-        index = core_of(empty_index(PRESETS[kind].factory(self._dimension, ROWS[0]), self._dimension))
+        index: Any = empty_index(PRESETS[kind].factory(self._dimension, ROWS[0]), self._dimension)
         index.quantizer.add(self._vectors_ND[: index.nlist])
         if kind == "ivf-pq":
             books: Any = index.pq
