@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 
 from benchmarks.processor import processor
-from benchmarks.retriever_data import corpus
+from benchmarks.retriever_data import WORK, corpus
 from shared.retrieval import RetrieveQuery
 from shared.vectors import ARROW_TYPE, query_to_wire
 from tests.retriever_process import RetrieverProcess
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=6)
     options = parser.parse_args()
-    made = corpus(options.passages, options.dimension, [KIND], print)
+    made = corpus(WORK, options.passages, options.dimension, [KIND], print)
     bodies = [
         query_to_wire(RetrieveQuery(query[np.newaxis], n_docs=5, return_embeds=True), "arrow") for query in made.queries
     ]

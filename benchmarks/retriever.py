@@ -29,7 +29,7 @@ from rich.console import Console
 
 from benchmarks.processor import processor
 from benchmarks.retriever_cells import Cell, Figures, System, Turn, figures, memory_bytes
-from benchmarks.retriever_data import N_DOCS, Corpus, Int64Array, Say, corpus, true_ids
+from benchmarks.retriever_data import N_DOCS, WORK, Corpus, Int64Array, Say, corpus, true_ids
 from benchmarks.retriever_peers import PEERS, PeerMissing, ours, peer, prepare, raw_faiss
 from benchmarks.retriever_plot import plot
 from benchmarks.retriever_tables import memory_table, peer_table, raw_table, single_table, verdicts
@@ -37,7 +37,6 @@ from shared.forms import Form
 from shared.version import VERSION
 
 RESULTS = Path(__file__).parent / "results"
-WORK = Path(__file__).parents[1] / "build" / "bench-retriever"
 KINDS = ("flat", "hnsw", "ivf-pq")
 FORMS: tuple[Form, ...] = ("arrow", "base64", "json")
 RECALL_QUERIES = 128

@@ -24,6 +24,7 @@ Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
 Say = Callable[[str], None]
 
+WORK = Path(__file__).parents[1] / "build" / "bench-retriever"
 QUERIES = 2048
 NOISE = 0.5
 WORDS = 100

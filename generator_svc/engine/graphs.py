@@ -100,7 +100,8 @@ class StaticStep:
         """(N·K, V) float32. No shape depends on what comes in, and nothing is read back."""
         self._node_mask = self._mask(~self._visible)[:, None]
         self._source_mask = self._mask(self._caches.hidden_source)[:, None, None]
-        return self._bart.logits(self._bart.decode(self._tokens, self._depths, self))
+        logits_RV: Tensor = self._bart.logits(self._bart.decode(self._tokens, self._depths, self))
+        return logits_RV
 
     def _mask(self, hidden: Tensor) -> Tensor:
         """0 or -inf, to be added. A row that sees nothing is padding: it sees everything, to have a number."""

@@ -65,7 +65,8 @@ def _arrays(index: Any) -> Iterator[tuple[int, int]]:
     if isinstance(index, faiss.IndexPreTransform):
         yield from _arrays(index.index)
     elif isinstance(index, faiss.IndexHNSW):
-        yield int(index.hnsw.neighbors.data()), 4 * index.hnsw.neighbors.size()
+        graph: Any = index.hnsw
+        yield int(graph.neighbors.data()), 4 * graph.neighbors.size()
         yield from _arrays(index.storage)
     elif isinstance(index, faiss.IndexIVF):
         yield from _lists(index)
