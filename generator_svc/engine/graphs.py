@@ -81,6 +81,7 @@ class StaticStep:
         """Puts what comes in into its place, and returns the places of the packed rows."""
         counts = [1 if mask is None else len(mask) for mask in visible]
         rows = [(d.slot * self._rows + i, d.size + i) for d, n in zip(documents, counts, strict=True) for i in range(n)]
+        at_R: Tensor
         at_R, places_R = torch.tensor(rows).T.contiguous().to(self._bart.device)
         self._places.fill_(len(self._positions) - 1)  # where rows that are padding write; nobody sees it
         self._tokens[at_R], self._depths[at_R], self._places[at_R] = tokens_R, depths_R, places_R
@@ -100,8 +101,7 @@ class StaticStep:
         """(N·K, V) float32. No shape depends on what comes in, and nothing is read back."""
         self._node_mask = self._mask(~self._visible)[:, None]
         self._source_mask = self._mask(self._caches.hidden_source)[:, None, None]
-        logits_RV: Tensor = self._bart.logits(self._bart.decode(self._tokens, self._depths, self))
-        return logits_RV
+        return self._bart.logits(self._bart.decode(self._tokens, self._depths, self))
 
     def _mask(self, hidden: Tensor) -> Tensor:
         """0 or -inf, to be added. A row that sees nothing is padding: it sees everything, to have a number."""
