@@ -49,7 +49,7 @@ WRITERS = 4
 REBUILD_AFTER = 600
 WHAT = ("all", "service", "build", "foreground")
 WEIGHTS = (5, 2, 2, 1)
-BUILD_WITHIN_S = 60.0
+BUILD_WITHIN_S = 300.0  # where builds follow each other, one that is asked for waits for a gap
 
 FOREGROUND = """
 import sys
