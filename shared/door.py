@@ -5,10 +5,11 @@ A service works on a few requests at once. The others wait in front of the door,
 of the places in front.
 
 For a moment any queue may form, so that a burst is served and not refused; but one that stands longer than
-``shed_after_s`` is no burst: more comes than can be served, and everyone would wait for ever longer. Then nobody waits
-any more (compare CoDel, RFC 8289): a request takes a place that is free, or is refused at once, and there is always one
-soon that finds a place. So what is accepted stays quick, whatever is offered. Only a modest client, one that had less
-than half of an equal share of the last seconds, may still wait, and is next: no flood keeps it out.
+``shed_after_s``, and than two requests take, is no burst: more comes than can be served, and everyone would wait for
+ever longer. Then nobody waits any more (compare CoDel, RFC 8289): a request takes a place that is free, or is refused
+at once, and there is always one soon that finds a place. So what is accepted stays quick, whatever is offered. Only a
+modest client, one that had less than half of an equal share of the last seconds, may still wait, and is next: no flood
+keeps it out.
 
 Everything happens on the event loop.
 """
@@ -28,6 +29,7 @@ _SMOOTHING = 0.1  # weight of the newest request in the mean time that one takes
 _MEMORY_S = 10.0  # after which what a client had counts for a third
 _PRESENT_S = 5.0  # after its last request a client is not there any more, and needs no room kept for it
 _MODEST = 0.5  # of an equal share
+_PATIENCE = 2.0  # mean times of a request: where each takes seconds, a queue of a second is a short one
 
 
 @dataclass(eq=False)
@@ -98,7 +100,8 @@ class Door:
     def shedding(self) -> bool:
         """Whether more comes than can be served: a queue stood too long, or a request was refused a moment ago."""
         now_s = time.monotonic()
-        stands = self._standing_since_s is not None and now_s - self._standing_since_s > self.shed_after_s
+        patience_s = max(self.shed_after_s, _PATIENCE * self._mean_s)
+        stands = self._standing_since_s is not None and now_s - self._standing_since_s > patience_s
         return stands or now_s < self._shedding_until_s
 
     def check(self, client: str) -> None:
