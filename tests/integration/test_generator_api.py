@@ -51,7 +51,9 @@ def retriever_url(retriever: SmallRetriever) -> Iterator[str]:
 async def generator(
     checkpoint: Path, url: str = "http://127.0.0.1:9", **settings: Any
 ) -> AsyncIterator[httpx.AsyncClient]:
-    made = {"retriever_retry_s": 0.2, "readiness_interval_s": 0.2, "torch_threads": 1, "max_new_tokens": 40, **settings}
+    made = {"retriever_retry_s": 0.2, "readiness_interval_s": 0.2, "torch_threads": 1, "max_new_tokens": 40}
+    # Many at once are no overload here: they wait for as long as a busy machine takes.
+    made |= {"max_concurrent": 64, "client_share": 1.0, "shed_after_ms": 0, **settings}
     app = create_app(GeneratorSettings(checkpoint=str(checkpoint), retriever_url=url, **made))
     transport = httpx.ASGITransport(app)
     async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://test") as http:
