@@ -20,6 +20,7 @@ _HINTS = {
     "upstream_failed": "[bold]rag doctor[/bold] looks at both services and at what lies between them.",
     "encoder_mismatch": "[bold]rag doctor[/bold] says which collections belong to the checkpoint.",
     "overloaded": "The queue is full: try again in a moment.",
+    "request_timeout": "The request did not arrive in time: try again, or look at the network in between.",
     "deadline_exceeded": "Give it longer with [bold]--timeout-ms[/bold], or ask for fewer passages or beams.",
     "startup_failed": "[bold]rag doctor[/bold] looks at the machine, the settings and the data folder.",
 }
