@@ -196,12 +196,12 @@ class Writer:
     async def rollback(self, generation: str) -> None:
         """Serve an earlier generation again, with the changes that were made to it.
 
-        Raises: NotFound, Conflict.
+        Raises: InvalidRequest: there is no such generation. Conflict: one is being built.
         """
         if self._building:
             raise Conflict(f"a generation of `{self._name}` is being built")
         if generation not in [name for name, _ in await asyncio.to_thread(self.generations)]:
-            raise NotFound(f"collection `{self._name}` has no generation {generation}", param="generation")
+            raise InvalidRequest(f"collection `{self._name}` has no generation {generation}", param="generation")
         await self._take_over(generation)
 
     async def reload(self) -> None:

@@ -37,13 +37,13 @@ include-path = "/v1/collections"
 expected-statuses = ["2xx", "409", "422"]
 
 [[operations]]
-include-path-regex = "/v1/collections/.*/(rollback|passages/.*)"
+include-path-regex = "/v1/collections/.*/passages/.*"
 
 [operations.checks.ensure_resource_availability]
 enabled = false
 
 [[operations]]
-include-path-regex = "/v1/collections/.*/(passages|passages/delete|generations)"
+include-path-regex = "/v1/collections/.*/(passages|passages/delete|generations|rollback)"
 
 [operations.checks.positive_data_acceptance]
 expected-statuses = ["2xx", "404", "409", "422"]
