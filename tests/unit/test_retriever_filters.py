@@ -142,8 +142,7 @@ def test_metadata_survives_the_log_and_a_rebuild(tmp_path: Path) -> None:
     anything = Condition("true", lambda _: True)
     reopened = Collection.open(folder, device="cpu")
     check(reopened, model, anything, 100, 3)
-    rebuild(folder, reopened.generation, 2)
-    rebuilt = Collection.open(folder, device="cpu")
+    rebuilt = Collection.open(folder, generation=rebuild(folder, reopened.generation, 2), device="cpu")
     assert rebuilt.generation != reopened.generation
     assert rebuilt.delta.size == 0
     check(rebuilt, model, anything, 100, 3)

@@ -124,6 +124,7 @@ def test_clients_have_keys_of_their_own_by_name(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("value", "why"),
     [
+        (" , ", "client_keys holds no key"),
         ("secret-alone", "entry 1 of client_keys is not of the form name:key"),
         ("web:secret-one,batch:", "entry 2 of client_keys"),
         ("web:secret-one,web:secret-two", "the name 'web' in client_keys is taken"),
