@@ -62,6 +62,7 @@ def traced(up: Up, data_dir: Path, receiver: Receiver, tmp_path_factory: pytest.
         "--json-logs",
         GENERATOR_OTLP_ENDPOINT=receiver.url,
         RETRIEVER_OTLP_ENDPOINT=receiver.url,
+        GENERATOR_MAX_CONCURRENT="64",  # so that questions share batches
         OTEL_BSP_SCHEDULE_DELAY="100",
     )
     try:
