@@ -15,9 +15,11 @@ from benchmarks.retriever_data import N_DOCS
 from retriever_svc import generation as gen
 from retriever_svc.index import Index, use_threads
 from retriever_svc.ranking import SPARE_HITS, SPARE_HITS_INEXACT
+from shared.logs import configure_logging
 
 
 def main() -> None:
+    configure_logging("warning", "auto")  # the output is the answers'
     folder, queries, how, threads = Path(sys.argv[1]), np.load(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     use_threads(threads)
     manifest = gen.read_manifest(folder)
