@@ -55,8 +55,8 @@ def test_a_second_pair_on_the_same_port_says_who_has_it(up: Up) -> None:
 
 
 def test_a_service_that_cannot_start_ends_the_pair_with_its_own_words(tmp_path: Path) -> None:
-    missing = tmp_path / "nowhere.parquet"
-    failing = Up.start(tmp_path / "data", RETRIEVER_SEED=str(missing))
+    missing = tmp_path / "nowhere"
+    failing = Up.start(tmp_path / "data", GENERATOR_CHECKPOINT=str(missing))
     assert failing.process.wait(120) == 3
     until(lambda: "could not start" in failing.log, 5, "the last words")
     assert str(missing) in failing.log
