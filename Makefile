@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet -c constraints.txt
+# every file in one process: its fixtures are made once, and its tests keep their order
+IN_PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 # on a GPU machine the interpreter that has CUDA torch may be the system's: make gpu-check GPU_PYTHON=python3
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
@@ -31,14 +33,14 @@ run: setup  ## start both services and print the address of the page
 	@$(BIN)/rag up
 
 test: setup-dev browser prometheus  ## set everything up and run all tests
-	@$(BIN)/python -m pytest -m 'not docker'
+	@$(BIN)/python -m pytest $(IN_PARALLEL) -m 'not docker'
 
 # Without the browser: its greenlets and coverage's tracing together can hang CPython 3.11 when a thread ends.
 coverage: setup-dev  ## run the tests with coverage
 	@$(BIN)/python -m pytest -m 'not docker and not browser' --cov --cov-report=term
 
 test-fast: setup-dev
-	@$(BIN)/python -m pytest -q -m 'not slow and not browser and not gpu and not docker'
+	@$(BIN)/python -m pytest -q $(IN_PARALLEL) -m 'not slow and not browser and not gpu and not docker'
 
 docker-test: setup-dev  ## build both images and break the stack of containers on purpose (needs a Docker engine with Compose)
 	@docker compose build

@@ -10,7 +10,7 @@ from generator_svc.openai import openai_router
 from generator_svc.page import PAGE_PATHS, mount_page
 from generator_svc.service import GeneratorService
 from generator_svc.settings import GeneratorSettings
-from generator_svc.streaming import EVENT_STREAM, stream_answer
+from generator_svc.streaming import EVENT_STREAM, events_in_openapi, stream_answer
 from shared.app import create_base_app, raises, request_deadline, requires
 from shared.errors import DeadlineExceeded, NotFound, Overloaded, UpstreamError
 from shared.schemas import (
@@ -27,7 +27,7 @@ from shared.vectors import ARROW_TYPE, response_form, vectors_to_wire
 
 _ON_DEVICE = raises(Overloaded, DeadlineExceeded)
 _WITH_RETRIEVER = {**_ON_DEVICE, **raises(NotFound, UpstreamError)}
-_EVENTS = {EVENT_STREAM: {"schema": {"type": "string"}}}
+_EVENTS = events_in_openapi("documents", "token", "answer", "error")
 _VECTORS_IN_ARROW = {ARROW_TYPE: {"schema": {"type": "string", "format": "binary"}}}
 
 

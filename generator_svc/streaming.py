@@ -13,6 +13,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
@@ -23,6 +24,17 @@ from shared.logs import current_request_id
 from shared.schemas import AnswerRequest, AnswerResponse, Document
 
 EVENT_STREAM = "text/event-stream"
+
+
+def events_in_openapi(*names: str) -> dict[str, Any]:
+    """The content of a response that is a stream: the schema is that of each event, as it is before OpenAPI 3.2.
+
+    ``names``: of the events; none where they carry data alone.
+    """
+    data = {"data": {"type": "string", "description": "JSON, or the mark of the end"}}
+    name = {"event": {"type": "string", "enum": [*names]}} if names else {}
+    properties = {**name, **data}
+    return {EVENT_STREAM: {"schema": {"type": "object", "properties": properties, "required": [*properties]}}}
 
 log = structlog.get_logger(__name__)
 

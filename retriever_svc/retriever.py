@@ -201,9 +201,16 @@ class Retriever:
         collection.check_queries(query.vectors)
         collection.check_params(query.search_params)
         self._check_limits(query, collection)
-        selection = None if query.filter is None else await self._selection(collection, query.filter, deadline)
+        selection, gone = None, NotFound(f"there is no collection `{query.collection}` any more", param="collection")
+        if query.filter is not None:
+            try:
+                selection = await self._selection(collection, query.filter, deadline)
+            except InvalidRequest:  # its files went while they were read
+                if collection.dropped:
+                    raise gone from None
+                raise
         if collection.dropped:
-            raise NotFound(f"there is no collection `{query.collection}` any more", param="collection")
+            raise gone
         selected = {} if selection is None else {"filter": (time.perf_counter() - began) * 1e3}
         result: RetrieveResult = await self._worker.submit(SearchItem(query, collection, selection), deadline)
         total = {"total": (time.perf_counter() - began) * 1e3}

@@ -21,12 +21,12 @@ from generator_svc.openai.schemas import (
 )
 from generator_svc.service import GeneratorService
 from generator_svc.settings import GeneratorSettings
-from generator_svc.streaming import EVENT_STREAM
+from generator_svc.streaming import EVENT_STREAM, events_in_openapi
 from shared.app import raises, request_deadline, requires
 from shared.errors import DeadlineExceeded, ModelNotFound, Overloaded, RequestError, UpstreamError
 
 _ON_DEVICE = raises(RequestError, ModelNotFound, Overloaded, DeadlineExceeded)
-_EVENTS = {EVENT_STREAM: {"schema": {"type": "string"}}}
+_EVENTS = events_in_openapi()
 
 
 def openai_router(service: GeneratorService, settings: GeneratorSettings) -> APIRouter:

@@ -1,5 +1,6 @@
 """Collections that change while they serve: a state machine drives the real service over HTTP, beside a model of it."""
 
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -52,8 +53,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RetrieverProce
         http.post("/v1/collections", json=new_collection("flat")).raise_for_status()
         yield service
         compared = http.get("/metrics").text
-    assert 'outcome="failed"' not in compared
     assert service.stop() == 0, service.log.read_text()[-4000:]
+    assert not re.findall(r'.*_total\{.*outcome="failed"} [^0].*', compared)
     assert "request_crashed" not in service.log.read_text()
     for name in MODELS:  # every checksum holds, and the log can be read to its end
         Collection.open(data / "collections" / name, device="cpu")
@@ -234,7 +235,8 @@ class Living(RuleBasedStateMachine):
             assert len(got) == len(set(got)) == min(n_docs, len(ids))
             assert set(got) <= set(ids.tolist())
             expected = np.array([model.embeddings[i] for i in got]).reshape(-1, D)
-            np.testing.assert_array_equal(found.doc_embeds[b], expected)
+            if got:  # JSON tells no dimension where there are no documents
+                np.testing.assert_array_equal(found.doc_embeds[b], expected)
             np.testing.assert_array_equal(found.doc_scores[b], inner_products(query_D, expected))
             assert [(p.id, p.title, p.text, p.metadata) for p in found.docs[b]] == [
                 (i, *model.texts[i], model.metadata[i]) for i in got

@@ -287,7 +287,7 @@ COMMANDS = dict(commands())
 OF_A_MODULE = {("demo", "train"), ("demo", "eval")}  # their options, and help, are those of the module
 
 
-@pytest.mark.parametrize("command", [(), ("index",), ("demo",), *(COMMANDS.keys() - OF_A_MODULE)], ids=" ".join)
+@pytest.mark.parametrize("command", [(), ("index",), ("demo",), *sorted(COMMANDS.keys() - OF_A_MODULE)], ids=" ".join)
 def test_every_command_explains_itself(rag: Rag, command: tuple[str, ...]) -> None:
     code, out, _ = rag(*command, "--help")
     assert code == 0
@@ -295,12 +295,12 @@ def test_every_command_explains_itself(rag: Rag, command: tuple[str, ...]) -> No
     assert "\x1b" not in out
 
 
-@pytest.mark.parametrize("command", COMMANDS.keys() - OF_A_MODULE, ids=" ".join)
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - OF_A_MODULE), ids=" ".join)
 def test_every_command_shows_an_example(rag: Rag, command: tuple[str, ...]) -> None:
     assert f"`rag {' '.join(command)}" in str(COMMANDS[command].help)
 
 
-@pytest.mark.parametrize("command", COMMANDS.keys() - OF_A_MODULE - {("up",), ("demo", "build")}, ids=" ".join)
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - OF_A_MODULE - {("up",), ("demo", "build")}), ids=" ".join)
 def test_every_command_that_tells_something_tells_it_as_json(command: tuple[str, ...]) -> None:
     options = {option for parameter in COMMANDS[command].params for option in parameter.opts}
     assert "--json" in options

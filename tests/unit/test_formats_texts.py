@@ -4,7 +4,7 @@ import csv
 import gzip
 import io
 import json
-import os
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def delimited(rows: Sequence[Sequence[Any]], header: Sequence[str] | None, **for
 
 def write(path: Path, data: bytes, compressed: bool = False) -> Path:
     path = path.with_name(path.name + ".gz") if compressed else path
-    path.write_bytes(gzip.compress(data, 1) if compressed else data)
+    path.write_bytes(gzip.compress(data, 1, mtime=0) if compressed else data)
     return path
 
 
@@ -241,8 +241,8 @@ JSON = b'{"title": "A", "text": "a"}\n'
         ("a.arrow", b"", "source", "cannot be read as Arrow"),
         ("a.txt", b"words", "source", r"taken are \.tsv"),
         ("a.gz", b"words", "source", r"taken are \.tsv"),
-        ("a.tsv.gz", gzip.compress(HEADER + os.urandom(999).hex().encode())[:-200], "source", "cannot be read beyond"),
-        ("a.tsv.gz", gzip.compress(HEADER)[:20] + b"\xff" * 40, "source", "cannot be read beyond"),
+        ("a.tsv.gz", gzip.compress(HEADER + random.Random(0).randbytes(999).hex().encode(), mtime=0)[:-200], "source", "cannot be read beyond"),
+        ("a.tsv.gz", gzip.compress(HEADER, mtime=0)[:20] + b"\xff" * 40, "source", "cannot be read beyond"),
     ],
 )
 def test_damage_is_refused_by_file_line_and_column(

