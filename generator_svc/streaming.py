@@ -36,6 +36,7 @@ def events_in_openapi(*names: str) -> dict[str, Any]:
     properties = {**name, **data}
     return {EVENT_STREAM: {"schema": {"type": "object", "properties": properties, "required": [*properties]}}}
 
+
 log = structlog.get_logger(__name__)
 
 

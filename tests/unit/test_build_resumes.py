@@ -285,13 +285,13 @@ print(max(peaks))
 @pytest.mark.parametrize("kind", ["flat", "sq8"])
 def test_memory_does_not_grow_with_the_corpus(kind: str, tmp_path: Path) -> None:
     peaks = []
-    for rows in (60_000, 200_000):  # both larger than what is read ahead and buffered
+    for rows in (60_000, 500_000):
         path = tmp_path / f"{rows}.parquet"
-        # One row group, as others write them: 205 MB of vectors in float32, where the small one has 61.
+        # One row group, as others write them: 512 MB of vectors in float32, where the small one has 61.
         pq.write_table(passage_table(random_embeddings(rows, 256)), path, row_group_size=rows)
         command = [sys.executable, "-c", WATCHED, str(tmp_path / f"{rows}"), str(path), kind]
         done = subprocess.run(
             command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
         )
         peaks.append(int(done.stdout.split()[-1]))
-    assert peaks[1] - peaks[0] < 110e6  # the vectors of the large one are 143 MB more
+    assert peaks[1] - peaks[0] < 200e6  # what is read ahead and buffered; the vectors of the large one are 451 MB more

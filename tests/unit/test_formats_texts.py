@@ -241,7 +241,12 @@ JSON = b'{"title": "A", "text": "a"}\n'
         ("a.arrow", b"", "source", "cannot be read as Arrow"),
         ("a.txt", b"words", "source", r"taken are \.tsv"),
         ("a.gz", b"words", "source", r"taken are \.tsv"),
-        ("a.tsv.gz", gzip.compress(HEADER + random.Random(0).randbytes(999).hex().encode(), mtime=0)[:-200], "source", "cannot be read beyond"),
+        (
+            "a.tsv.gz",
+            gzip.compress(HEADER + random.Random(0).randbytes(999).hex().encode(), mtime=0)[:-200],
+            "source",
+            "cannot be read beyond",
+        ),
         ("a.tsv.gz", gzip.compress(HEADER, mtime=0)[:20] + b"\xff" * 40, "source", "cannot be read beyond"),
     ],
 )
