@@ -51,7 +51,11 @@ app.add_typer(demo.app, name="demo")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `rag` and end the process with its exit code."""
+    """Run `rag` and end the process with its exit code. Without ``arguments`` it is the process's own: its log, too."""
+    if arguments is None:
+        from shared.logs import configure_logging  # noqa: PLC0415  `rag`'s completion in a shell has no use for it
+
+        configure_logging("warning", "console")
     try:
         app(arguments, prog_name="rag")
     except RagError as error:

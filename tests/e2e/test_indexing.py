@@ -161,6 +161,7 @@ def test_wiki_dpr_and_its_published_kind_of_index_are_served_as_they_are(tmp_pat
     options = ["--index", tmp_path / "psgs_w100.nq.HNSW128_SQ8-IP-train.faiss", "--kind", "hnsw", "--fingerprint", "e"]
     said = rag("import", tmp_path / "wiki", *options, "--name", "wiki", "--data-dir", tmp_path / "data")
     assert f"wiki: {ROWS} passages, IndexHNSWSQ as it was" in said
+    assert "generation_built" not in said  # the log is for services
     collection = Collection.open(tmp_path / "data" / "collections" / "wiki", device="cpu")
     found = collection.search(embeddings[:50], [1] * 50)
     scores = embeddings[:50] @ embeddings.T
