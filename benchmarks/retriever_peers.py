@@ -65,8 +65,11 @@ def _done(what: str, *command: object, environment: Mapping[str, str] | None = N
 
 @contextmanager
 def ours(corpus: Corpus, kind: str, threads: int) -> Iterator[HttpSystem]:
-    """``python -m retriever_svc`` over the collection of a kind."""
-    process = RetrieverProcess(corpus.data_dir(kind), faiss_threads=threads, max_queue=4096)
+    """``python -m retriever_svc`` over the collection of a kind.
+
+    Without the recall canary, which no rival has: what that costs, ``benchmarks.canary`` measures.
+    """
+    process = RetrieverProcess(corpus.data_dir(kind), faiss_threads=threads, max_queue=4096, canary_fraction=0)
     process.start()
     system = HttpSystem("ours", process.url, [process.pid], our_dialect(corpus.queries), len(corpus.queries))
     try:
