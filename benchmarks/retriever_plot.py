@@ -33,11 +33,10 @@ def plot(found: Sequence[Figures], path: Path) -> None:
             places = [batches.index(batch) + (i - (len(systems) - 1) / 2) * 0.8 / len(systems) for batch in rates]
             bars = axis.bar(places, rates.values(), 0.8 / len(systems), color=colour or next(left), label=name)
             axis.bar_label(bars, fmt="%.0f", fontsize=7)
-        axis.set_yscale("log")
         axis.set_xticks(range(len(batches)), [str(batch) for batch in batches])
         axis.set_xlabel("queries a request")
-        axis.set_title(kind)
-        axis.legend(fontsize=7, frameon=False)
+        axis.set_title(kind, pad=24)
+        axis.legend(fontsize=7, frameon=False, ncols=len(systems), loc="lower center", bbox_to_anchor=(0.5, 1))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("queries a second, one client")
     figure.tight_layout()

@@ -219,8 +219,10 @@ def train(index: Any, vectors: VectorSource) -> None:
     if isinstance(core, faiss.IndexIVF):
         core.cp.min_points_per_centroid = 1  # a collection that is small is no mistake
     if isinstance(core, faiss.IndexIVFPQ):
-        core.pq.cp.min_points_per_centroid = 1
-        core.pq.cp.max_points_per_centroid = SAMPLE_A_CODE
+        coded: Any = core
+        coded.do_polysemous_training = False  # minutes, for a search by Hamming distance that nobody asks for
+        coded.pq.cp.min_points_per_centroid = 1
+        coded.pq.cp.max_points_per_centroid = SAMPLE_A_CODE
     if not index.is_trained:
         index.train(_sample(vectors, index))
 

@@ -25,7 +25,6 @@ PROCESS_BYTES = 110e6  # the service without a collection, what no file backs
 IDS_BYTES = 17  # id, its place in the order of ids, and whether it is alive
 GRAPH_LINKS = 128
 COARSE_LINKS = 32
-SATURATION = 3  # how sharply the vectors that a graph visits turn from all of them to a number
 ON_CUDA = {"flat", "flat-fp16", "sq8", "ivf-flat", "ivf-pq"}
 
 
@@ -59,10 +58,13 @@ def index_bytes(kind: str, count: int, dimension: int) -> float:
 
 
 def visited(seen: float, rows: int, count: int) -> float:
-    """Vectors that a search in a graph of ``count`` visits, where it visited ``seen`` in one of ``rows``."""
+    """Vectors that a search in a graph of ``count`` visits, where it visited ``seen`` in one of ``rows``.
+
+    1 / visited(N) = 1 / N + 1 / most: of 8192, 30 000 and 200 000 vectors around a centre in forty, searches with 128
+    candidates visited 4546, 7410 and 10 661, with 200 candidates 5869, 10 888 and 16 770; within 12 % of this.
+    """
     share = min(0.999, seen / rows)
-    most = rows * (share**-SATURATION - 1) ** (-1 / SATURATION)
-    return float((count**-SATURATION + most**-SATURATION) ** (-1 / SATURATION))
+    return 1 / (1 / count + (1 / share - 1) / rows)
 
 
 def needs(
@@ -147,7 +149,7 @@ class _Costs:
             return answer_s + count * row_s
         share = min(1.0, (params.nprobe or 1) / self._lists)
         coarse_s = (
-            probe.assign_row_s(self._lists)
+            probe.nearest_lists_s(self._lists, params.nprobe or 1) + probe.table_s
             if self._kind == "ivf-pq"
             else self._lists * probe.scan_row_s("flat", self._lists)
         )

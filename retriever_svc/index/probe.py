@@ -35,13 +35,13 @@ from retriever_svc.source import from_parquet
 from shared.retrieval import Float32Array
 
 ROWS = (2048, 8192)  # of the small and the large probe
-STORED_ROWS = (2048, 32_768)  # of those of storing, where a wait for the disk weighs more than a thousand rows
+STORED_ROWS = (2048, 98_304)  # of those of storing, where a wait for the disk weighs more than a thousand rows
 CENTRE_OF = 40  # vectors a cluster
 QUERIES = 32
 N_DOCS = 5
 SCAN_BYTES = 2**27  # more than a cache holds
 FETCH_BYTES = 2**28
-CODE_TRAINING = 1024  # rows, of the probe of code books
+BOOKS = 16  # of those of product quantization, learnt by the probe
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,12 @@ class Probe:
         """Of product quantization: seconds to train its books a row, and to encode a row."""
         index: Any = self._empty("ivf-pq")
         books: Any = index.pq
-        books.cp.min_points_per_centroid = 1
-        train_s = _timed(lambda: books.train(self._vectors_ND[:CODE_TRAINING]))
-        return train_s / CODE_TRAINING, _best(lambda: books.compute_codes(self._vectors_ND[:2048])) / 2048
+        n = min(BOOKS, books.M)
+        few: Any = faiss.ProductQuantizer(n * books.dsub, n, books.nbits)
+        few.cp.min_points_per_centroid = 1
+        noise = np.random.default_rng(5).standard_normal((ROWS[1], n * books.dsub), np.float32)  # as residuals are
+        train_s = _timed(lambda: few.train(noise)) * books.M / n
+        return train_s / len(noise), _best(lambda: books.compute_codes(self._vectors_ND[:2048])) / 2048
 
     @cached_property
     def append_row_s(self) -> float:
@@ -188,9 +191,27 @@ class Probe:
 
     def assign_row_s(self, lists: int) -> float:
         """To find the list of one vector among so many by a graph."""
+        index = self._graph_of(lists)
+        return _best(lambda: index.search(self._vectors_ND[:4096], 1)) / min(4096, len(self._vectors_ND))
+
+    def nearest_lists_s(self, lists: int, nprobe: int) -> float:
+        """To find the lists that a query looks into by a graph of them."""
+        index = self._graph_of(lists)
+        with _searching():
+            return _usual(lambda: [index.search(row[None], nprobe) for row in self._vectors_ND[:QUERIES]]) / QUERIES
+
+    @cached_property
+    def table_s(self) -> float:
+        """To multiply a query with all code books, before codes are looked up."""
+        books: Any = self._empty("ivf-pq").pq
+        table, pointer = np.empty((books.M, books.ksub), np.float32), _swig().swig_ptr
+        with _searching():
+            return _usual(lambda: books.compute_inner_prod_table(pointer(self._vectors_ND), pointer(table)))
+
+    def _graph_of(self, lists: int) -> Any:
         index = faiss.IndexHNSWFlat(self._dimension, 32, faiss.METRIC_INNER_PRODUCT)
         index.add(self._vectors_ND[: min(lists, len(self._vectors_ND))])
-        return _best(lambda: index.search(self._vectors_ND[:4096], 1)) / min(4096, len(self._vectors_ND))
+        return index
 
     # --- searching -----------------------------------------------------------------------------------------
 
@@ -215,7 +236,7 @@ class Probe:
                 stats.hnsw_stats.reset()
                 search()
                 visited[candidates] = stats.hnsw_stats.ndis / QUERIES
-                seconds[candidates] = _best(search) / QUERIES
+                seconds[candidates] = _usual(search) / QUERIES
         most = max(visited)
         # While the graph grew it was smaller, and visited less: about as much as it held.
         searched_s = seconds[most] * min(1.0, (ROWS[0] + ROWS[1]) / 2 / visited[most])
@@ -223,17 +244,16 @@ class Probe:
 
     def scan_row_s(self, kind: str, count: int) -> float:
         """To compare a query with one vector of a list of them, as far from the caches as ``count`` vectors are."""
-        row_bytes = max(1, int(self._empty(kind if not kind.startswith("ivf") else "flat").sa_code_size()))
-        if kind == "ivf-pq":
-            index, probed = self._lists(kind), 1.0
-        else:
-            index, probed = self._empty("flat" if kind == "ivf-flat" else kind), 1.0
+        index = self._lists(kind) if kind.startswith("ivf") else self._empty(kind)
+        row_bytes = int(index.code_size if kind.startswith("ivf") else index.sa_code_size())
         rows = min(count, 65_536 if kind == "ivf-pq" else SCAN_BYTES // row_bytes)
         while index.ntotal < rows:
             index.add(self._vectors_ND[: rows - index.ntotal])
-        params = None if kind != "ivf-pq" else _swig().SearchParametersIVF(nprobe=index.nlist)
+        timed, params = _best, None
+        if kind.startswith("ivf"):
+            timed, params = _usual, _swig().SearchParametersIVF(nprobe=index.nlist)
         with _searching():
-            return _best(lambda: index.search(self._vectors_ND[:1], 100, params=params)) / (rows * probed)
+            return timed(lambda: index.search(self._vectors_ND[:1], 100, params=params)) / rows
 
     def answer_s(self, kind: str, count: int) -> float:
         """All of a query but the search itself: the proposals ranked anew, with their rows as cold as they will be."""
@@ -247,8 +267,8 @@ class Probe:
             index = Index(flat, MappedVectors(path, self._dimension, str(self._dtype)))
             segment = Segment(0, index, np.arange(rows), 2.0)
             width = max(N_DOCS * (params.over_fetch or 1), N_DOCS + ranking.SPARE_HITS_INEXACT)
-            whole_s = _best(lambda: ranking.search([segment], self._vectors_ND[:1], [N_DOCS], params))
-            search_s = _best(lambda: index.search(self._vectors_ND[:1], width, params))
+            whole_s = _usual(lambda: ranking.search([segment], self._vectors_ND[:1], [N_DOCS], params))
+            search_s = _usual(lambda: index.search(self._vectors_ND[:1], width, params))
             cold_s = 0.0 if kind == "flat" else width * self.fetch_s(self._dimension * self._dtype.itemsize, count)
             return max(0.0, whole_s - search_s) + cold_s
 
@@ -309,3 +329,7 @@ def _timed(function: Callable[[], object]) -> float:
 
 def _best(function: Callable[[], object], times: int = 3) -> float:
     return min(_timed(function) for _ in range(times))
+
+
+def _usual(function: Callable[[], object], times: int = 7) -> float:
+    return float(np.median([_timed(function) for _ in range(times)]))

@@ -33,7 +33,7 @@ def test_every_preset_is_planned_and_grows_with_the_corpus() -> None:
 
 
 def test_a_graph_visits_no_more_than_it_holds_and_in_the_end_a_number() -> None:
-    for seen in (100.0, 4000.0, 8191.0):
+    for seen in (100.0, 1000.0, 4500.0):
         found = [visited(seen, 8192, count) for count in (1, 100, 8192, 10**6, 10**7)]
         assert found == sorted(found)
         assert found[0] <= 1
