@@ -162,7 +162,14 @@ class Index:
         if isinstance(self._core, faiss.IndexIVF):
             asked = params.nprobe if params is not None and params.nprobe is not None else 1
             most = self._core.nlist if self.device == "cpu" else min(self._core.nlist, CUDA_MAX_HITS)
-            found = _PARAMETERS.SearchParametersIVF(nprobe=min(asked, most), **options)
+            nprobe = min(asked, most)
+            if self.device == "cpu" and isinstance(
+                lists := faiss.downcast_index(self._core.quantizer), faiss.IndexHNSW
+            ):
+                # A graph of lists gives as many as asked, but good ones only where it keeps as many candidates.
+                hnsw: Any = lists.hnsw
+                options["quantizer_params"] = _PARAMETERS.SearchParametersHNSW(efSearch=max(nprobe, hnsw.efSearch))
+            found = _PARAMETERS.SearchParametersIVF(nprobe=nprobe, **options)
         elif isinstance(self._core, faiss.IndexHNSW):
             asked = params.ef_search if params is not None and params.ef_search is not None else 1
             if chosen is None and self.device != "cpu":

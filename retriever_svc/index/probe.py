@@ -196,9 +196,11 @@ class Probe:
 
     def nearest_lists_s(self, lists: int, nprobe: int) -> float:
         """To find the lists that a query looks into by a graph of them."""
-        index = self._graph_of(lists)
+        index: Any = self._graph_of(lists)
+        params = _swig().SearchParametersHNSW(efSearch=nprobe)
+        queries_BD = self._vectors_ND[:QUERIES]
         with _searching():
-            return _usual(lambda: [index.search(row[None], nprobe) for row in self._vectors_ND[:QUERIES]]) / QUERIES
+            return _usual(lambda: [index.search(row[None], nprobe, params=params) for row in queries_BD]) / QUERIES
 
     @cached_property
     def table_s(self) -> float:

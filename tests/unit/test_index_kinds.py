@@ -12,7 +12,7 @@ from retriever_svc.index import PRESETS, Index, merged, recipe
 from retriever_svc.ranking import Ranked, Segment, inner_products
 from shared.errors import InvalidRequest
 from shared.schemas import SearchParams
-from tests.retriever_data import random_embeddings, tied_embeddings, write_index
+from tests.retriever_data import brute_force, random_embeddings, tied_embeddings, write_index
 
 FACTORIES = ["Flat", "SQ4", "HNSW8", "IVF4,SQ8", "IVF8,PQ2x4", "OPQ2,IVF4,PQ2x4", "PCA4,Flat", "IVF4_HNSW8,Flat"]
 KINDS = [*PRESETS, *FACTORIES]
@@ -196,3 +196,14 @@ def test_wiki_dprs_own_strings_are_known() -> None:
     assert recipe("hnsw", 768, 21_000_000).factory == "HNSW128,SQ8"
     assert recipe("ivf-pq", 768, 21_000_000).factory.endswith(",PQ128")
     assert recipe("IVF4096_HNSW128,PQ128", 768, 21_000_000).factory == "IVF4096_HNSW128,PQ128"
+
+
+def test_a_graph_of_lists_gives_the_lists_that_are_asked_for(tmp_path: Path) -> None:
+    """With all lists looked into, nothing that is stored as it is can be missed."""
+    embeddings = random_embeddings(8000, 32)
+    write_index(tmp_path, embeddings, "IVF200_HNSW8,Flat")
+    index = Index.read(tmp_path, dtype="float32", device="cpu")
+    queries = random_embeddings(50, 32, seed=1)
+    _, rows = index.search(queries, 10, SearchParams(nprobe=200))
+    _, _, best = brute_force(queries, embeddings, np.arange(8000), 10)
+    np.testing.assert_array_equal(np.sort(rows), np.sort(best))
