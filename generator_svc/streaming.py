@@ -25,6 +25,8 @@ from shared.schemas import AnswerRequest, AnswerResponse, Document
 
 EVENT_STREAM = "text/event-stream"
 
+log = structlog.get_logger(__name__)
+
 
 def events_in_openapi(*names: str) -> dict[str, Any]:
     """The content of a response that is a stream: the schema is that of each event, as it is before OpenAPI 3.2.
@@ -35,9 +37,6 @@ def events_in_openapi(*names: str) -> dict[str, Any]:
     name = {"event": {"type": "string", "enum": [*names]}} if names else {}
     properties = {**name, **data}
     return {EVENT_STREAM: {"schema": {"type": "object", "properties": properties, "required": [*properties]}}}
-
-
-log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -201,16 +201,12 @@ class Retriever:
         collection.check_queries(query.vectors)
         collection.check_params(query.search_params)
         self._check_limits(query, collection)
-        selection, gone = None, NotFound(f"there is no collection `{query.collection}` any more", param="collection")
-        if query.filter is not None:
-            try:
-                selection = await self._selection(collection, query.filter, deadline)
-            except InvalidRequest:  # its files went while they were read
-                if collection.dropped:
-                    raise gone from None
-                raise
-        if collection.dropped:
-            raise gone
+        try:
+            selection = None if query.filter is None else await self._selection(collection, query.filter, deadline)
+        except InvalidRequest:
+            _check_there(collection, query.collection)  # its files may have gone while they were read
+            raise
+        _check_there(collection, query.collection)
         selected = {} if selection is None else {"filter": (time.perf_counter() - began) * 1e3}
         result: RetrieveResult = await self._worker.submit(SearchItem(query, collection, selection), deadline)
         total = {"total": (time.perf_counter() - began) * 1e3}
@@ -249,3 +245,9 @@ class Retriever:
                 f"at most {limits.max_documents} are sent in one response",
                 param="n_docs",
             )
+
+
+def _check_there(collection: Collection, name: str) -> None:
+    """Raises: NotFound: it was removed."""
+    if collection.dropped:
+        raise NotFound(f"there is no collection `{name}` any more", param="collection")

@@ -61,6 +61,8 @@ class Index:
         self._host = host  # owns the memory that `vectors` may look into
         self._core = core_of(host)
         self._vectors = vectors
+        # Of a graph of lists: it gives as many as asked, but the nearest only where it keeps as many candidates.
+        self._list_candidates = _candidates_of_lists(self._core)
         self.dimension = int(host.d)
         self.count = int(host.ntotal)
         self.device = "cpu"
@@ -163,12 +165,9 @@ class Index:
             asked = params.nprobe if params is not None and params.nprobe is not None else 1
             most = self._core.nlist if self.device == "cpu" else min(self._core.nlist, CUDA_MAX_HITS)
             nprobe = min(asked, most)
-            if self.device == "cpu" and isinstance(
-                lists := faiss.downcast_index(self._core.quantizer), faiss.IndexHNSW
-            ):
-                # A graph of lists gives as many as asked, but good ones only where it keeps as many candidates.
-                hnsw: Any = lists.hnsw
-                options["quantizer_params"] = _PARAMETERS.SearchParametersHNSW(efSearch=max(nprobe, hnsw.efSearch))
+            if self._list_candidates is not None and self.device == "cpu":
+                width = max(nprobe, self._list_candidates)
+                options["quantizer_params"] = _PARAMETERS.SearchParametersHNSW(efSearch=width)
             found = _PARAMETERS.SearchParametersIVF(nprobe=nprobe, **options)
         elif isinstance(self._core, faiss.IndexHNSW):
             asked = params.ef_search if params is not None and params.ef_search is not None else 1
@@ -219,6 +218,11 @@ def check_params_of_kind(kind: str, dimension: int, params: SearchParams | None)
     factory = recipe(kind, dimension, 1).factory
     core = core_of(empty_index("HNSW32" if kind == cagra.CAGRA else factory, dimension))  # whose class its file has
     check_params(core, params, exact=isinstance(core, faiss.IndexFlat))
+
+
+def _candidates_of_lists(core: Any) -> int | None:
+    lists = faiss.downcast_index(core.quantizer) if isinstance(core, faiss.IndexIVF) else None
+    return int(lists.hnsw.efSearch) if isinstance(lists, faiss.IndexHNSW) else None
 
 
 def use_threads(threads: int) -> int:

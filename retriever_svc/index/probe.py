@@ -13,9 +13,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import faiss
 import numpy as np
@@ -24,9 +24,10 @@ import pyarrow.parquet as pq
 
 from retriever_svc import ranking
 from retriever_svc.checkpoint import BuildPlan, Work
-from retriever_svc.index.building import EMBEDDINGS, INDEX, build_index, train
+from retriever_svc.index.building import EMBEDDINGS, INDEX, build_index, multiply_matrices, train
 from retriever_svc.index.faiss_index import Index, use_threads
-from retriever_svc.index.kinds import HNSW_CONSTRUCTION, PRESETS, empty_index, recipe
+from retriever_svc.index.huge_pages import to_huge_pages
+from retriever_svc.index.kinds import HNSW_CONSTRUCTION, PRESETS, empty_index, lists_of, recipe
 from retriever_svc.index.vectors import MappedVectors, VectorsFile
 from retriever_svc.passages import passage_schema
 from retriever_svc.ranking import Segment
@@ -43,6 +44,8 @@ SCAN_BYTES = 2**27  # more than a cache holds
 FETCH_BYTES = 2**28
 BOOKS = 16  # of those of product quantization, learnt by the probe
 
+Method = TypeVar("Method", bound=Callable[..., float])
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -52,6 +55,19 @@ class Graph:
     compare_s: float
     visited: dict[int, float]
     link_s: float
+
+
+def _once(method: Method) -> Method:
+    """Measured once for the same arguments: what is planned for two sizes differs by the sizes alone."""
+
+    @wraps(method)
+    def measured(self: "Probe", *arguments: object) -> float:
+        key = (method.__name__, *arguments)
+        if key not in self.measured:
+            self.measured[key] = method(self, *arguments)
+        return self.measured[key]
+
+    return cast("Method", measured)
 
 
 class Probe:
@@ -67,6 +83,7 @@ class Probe:
         vectors = centres[dice.integers(0, len(centres), rows)] + noise / 2
         self._vectors_ND: Float32Array = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
         self.threads = faiss.omp_get_max_threads()
+        self.measured: dict[tuple[object, ...], float] = {}
 
     # --- building ------------------------------------------------------------------------------------------
 
@@ -159,6 +176,7 @@ class Probe:
             rows = np.arange(0, len(self._vectors_ND), 4)
             return _best(lambda: VectorsFile(path, self._dimension, str(self._dtype)).take(rows)) / len(rows)
 
+    @_once
     def encode_row_s(self, kind: str) -> float:
         """To turn one vector into its code: sq8, flat-fp16."""
         index = self._empty(kind)
@@ -172,6 +190,7 @@ class Probe:
         n = min(BOOKS, books.M)
         few: Any = faiss.ProductQuantizer(n * books.dsub, n, books.nbits)
         few.cp.min_points_per_centroid = 1
+        multiply_matrices()
         noise = np.random.default_rng(5).standard_normal((ROWS[1], n * books.dsub), np.float32)  # as residuals are
         train_s = _timed(lambda: few.train(noise)) * books.M / n
         return train_s / len(noise), _best(lambda: books.compute_codes(self._vectors_ND[:2048])) / 2048
@@ -179,7 +198,7 @@ class Probe:
     @cached_property
     def append_row_s(self) -> float:
         """To put one vector into its list, once that is known."""
-        index = self._lists("ivf-flat")
+        index = self._lists("ivf-flat", lists_of(ROWS[0]))
         lists = np.random.default_rng(2).integers(0, index.nlist, len(self._vectors_ND)).astype(np.int64)
         adding: Any = index
         swig: Any = faiss
@@ -189,11 +208,13 @@ class Probe:
             )
         ) / len(lists)  # fmt: skip
 
+    @_once
     def assign_row_s(self, lists: int) -> float:
         """To find the list of one vector among so many by a graph."""
         index = self._graph_of(lists)
         return _best(lambda: index.search(self._vectors_ND[:4096], 1)) / min(4096, len(self._vectors_ND))
 
+    @_once
     def nearest_lists_s(self, lists: int, nprobe: int) -> float:
         """To find the lists that a query looks into by a graph of them."""
         index: Any = self._graph_of(lists)
@@ -244,23 +265,33 @@ class Probe:
         searched_s = seconds[most] * min(1.0, (ROWS[0] + ROWS[1]) / 2 / visited[most])
         return Graph(seconds[most] / visited[most], visited, max(0.0, link_s * self.threads - searched_s))
 
+    @_once
     def scan_row_s(self, kind: str, count: int) -> float:
         """To compare a query with one vector of a list of them, as far from the caches as ``count`` vectors are."""
-        index = self._lists(kind) if kind.startswith("ivf") else self._empty(kind)
-        row_bytes = int(index.code_size if kind.startswith("ivf") else index.sa_code_size())
-        rows = min(count, 65_536 if kind == "ivf-pq" else SCAN_BYTES // row_bytes)
+        pq, lists = kind == "ivf-pq", kind.startswith("ivf")
+        row_bytes = int(self._empty("flat" if lists else kind).sa_code_size())
+        rows = min(count, 65_536 if pq else SCAN_BYTES // row_bytes)
+        index = self._lists(kind, max(1, rows * lists_of(count) // count)) if lists else self._empty(kind)
+        if pq:
+            _fill(index, rows)
         while index.ntotal < rows:
             index.add(self._vectors_ND[: rows - index.ntotal])
-        timed, params = _best, None
-        if kind.startswith("ivf"):
-            timed, params = _usual, _swig().SearchParametersIVF(nprobe=index.nlist)
+        to_huge_pages(index)
+        params = _swig().SearchParametersIVF(nprobe=index.nlist) if lists else None
+        if pq:
+            params.quantizer_params = _swig().SearchParametersHNSW(efSearch=index.nlist)
+        timed = _usual if lists else _best  # a scan is bound by memory, and what is measured above the best is others'
         with _searching():
             return timed(lambda: index.search(self._vectors_ND[:1], 100, params=params)) / rows
 
     def answer_s(self, kind: str, count: int) -> float:
         """All of a query but the search itself: the proposals ranked anew, with their rows as cold as they will be."""
-        rows = min(count, ROWS[1])
-        params = PRESETS[kind].params(count)
+        cold_s = self.fetch_s(self._dimension * self._dtype.itemsize, count)
+        return self._ranking_s(kind, min(count, ROWS[1])) + (0.0 if kind == "flat" else _width(kind) * cold_s)
+
+    @_once
+    def _ranking_s(self, kind: str, rows: int) -> float:
+        params = PRESETS[kind].params(rows)
         with tempfile.TemporaryDirectory() as folder, _searching():
             path = Path(folder) / EMBEDDINGS
             self._vectors_ND[:rows].astype(self._dtype).tofile(path)
@@ -268,17 +299,16 @@ class Probe:
             flat.add(self._vectors_ND[:rows])
             index = Index(flat, MappedVectors(path, self._dimension, str(self._dtype)))
             segment = Segment(0, index, np.arange(rows), 2.0)
-            width = max(N_DOCS * (params.over_fetch or 1), N_DOCS + ranking.SPARE_HITS_INEXACT)
             whole_s = _usual(lambda: ranking.search([segment], self._vectors_ND[:1], [N_DOCS], params))
-            search_s = _usual(lambda: index.search(self._vectors_ND[:1], width, params))
-            cold_s = 0.0 if kind == "flat" else width * self.fetch_s(self._dimension * self._dtype.itemsize, count)
-            return max(0.0, whole_s - search_s) + cold_s
+            search_s = _usual(lambda: index.search(self._vectors_ND[:1], _width(kind), params))
+            return max(0.0, whole_s - search_s)
 
     def fetch_s(self, row_bytes: int, count: int) -> float:
         """What it costs more to fetch a row from ``count`` of them than from a cache."""
         near, far = (self._gathered_s(row_bytes, size) for size in (2**20, min(FETCH_BYTES, count * row_bytes)))
         return max(0.0, far - near)
 
+    @_once
     def _gathered_s(self, row_bytes: int, size: int) -> float:
         rows = np.ones((max(1, size // row_bytes), row_bytes), np.uint8)
         wanted = np.random.default_rng(3).integers(0, len(rows), (64, 256))
@@ -296,9 +326,10 @@ class Probe:
                 train(index, VectorsFile(path, self._dimension, "float32"))
         return index
 
-    def _lists(self, kind: str) -> Any:
+    def _lists(self, kind: str, lists: int) -> Any:
         """Inverted lists around vectors that were not clustered: their number counts, not their places."""
-        index: Any = empty_index(PRESETS[kind].factory(self._dimension, ROWS[0]), self._dimension)
+        count = max(39 * lists, (lists // 4) ** 2)  # which gets so many
+        index: Any = empty_index(PRESETS[kind].factory(self._dimension, count), self._dimension)
         index.quantizer.add(self._vectors_ND[: index.nlist])
         if kind == "ivf-pq":
             books: Any = index.pq
@@ -306,6 +337,21 @@ class Probe:
             faiss.copy_array_to_vector(centroids, books.centroids)
         index.is_trained = True
         return index
+
+
+def _fill(index: Any, rows: int) -> None:
+    """Lists of codes that have nothing in common, as those of residuals: looking them up is what takes time."""
+    dice, pointer = np.random.default_rng(6), _swig().swig_ptr
+    for number, ids in enumerate(np.array_split(np.arange(rows), index.nlist)):
+        codes = dice.integers(0, 256, (len(ids), index.code_size), np.uint8)
+        index.invlists.add_entries(number, len(ids), pointer(ids), pointer(codes))
+    index.ntotal = rows
+
+
+def _width(kind: str) -> int:
+    """Proposals that are ranked anew."""
+    over_fetch = PRESETS[kind].params(ROWS[1]).over_fetch or 1
+    return max(N_DOCS * over_fetch, N_DOCS + ranking.SPARE_HITS_INEXACT)
 
 
 def _swig() -> Any:

@@ -83,6 +83,15 @@ def without_times(response: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in response.items() if name != "timings_ms"}
 
 
+async def test_openapi_names_every_event(http: httpx.AsyncClient) -> None:
+    document = (await http.get("/openapi.json")).json()
+    content = document["paths"]["/v1/answer"]["post"]["responses"]["200"]["content"]
+    told = content["text/event-stream"]["schema"]["properties"]
+    names = {name for name, _ in await streamed(http, strategy="token")}
+    assert {"documents", "token", "answer"} == names < set(told["event"]["enum"])
+    assert set(told) == {"event", "data"}
+
+
 # --- what is sent ------------------------------------------------------------------------------------------
 
 

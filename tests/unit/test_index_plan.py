@@ -28,13 +28,12 @@ def test_every_preset_is_planned_and_grows_with_the_corpus() -> None:
         assert b.ram > a.ram
         assert b.disk > 50 * a.disk
         assert b.build_s > a.build_s
-        if a.kind != "hnsw":  # whose searches hardly grow: what is measured differs more from time to time
-            assert b.query_s > a.query_s
+        assert b.query_s > a.query_s
 
 
 def test_a_graph_visits_no_more_than_it_holds_and_in_the_end_a_number() -> None:
-    for seen in (100.0, 1000.0, 4500.0):
-        found = [visited(seen, 8192, count) for count in (1, 100, 8192, 10**6, 10**7)]
+    for seen in (100.0, 4000.0, 8191.0):
+        found = [visited(seen, 8192, count) for count in (1, 100, 8192, 10**10, 10**11)]
         assert found == sorted(found)
         assert found[0] <= 1
         assert found[1] <= 100
