@@ -123,7 +123,7 @@ class _Client:
         status, connection = 0, None
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                connection = self._idle.pop() if self._idle else await self._connect()
+                connection = self._kept() or await self._connect()
                 status = await connection.ask(self._requests[index % len(self._requests)])
         except (OSError, TimeoutError):
             if connection is not None:
@@ -135,6 +135,15 @@ class _Client:
             else:
                 self._idle.append(connection)
         self.samples.append(Sent(due_s, time.perf_counter() - self._began_s - due_s, status))
+
+    def _kept(self) -> _Connection | None:
+        """One that is still open: the server closes those that are idle for long."""
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.transport.is_closing():
+                return connection
+            self._open -= 1
+        return None
 
     async def _connect(self) -> _Connection:
         if self._open >= MAX_CONNECTIONS:

@@ -8,8 +8,8 @@ For a moment any queue may form, so that a burst is served and not refused; but 
 ``shed_after_s``, and than two requests take, is no burst: more comes than can be served, and everyone would wait for
 ever longer. Then nobody waits any more (compare CoDel, RFC 8289): a request takes a place that is free, or is refused
 at once, and there is always one soon that finds a place. So what is accepted stays quick, whatever is offered. Only a
-modest client, one that had less than half of an equal share of the last seconds, may still wait, and is next: no flood
-keeps it out.
+modest client, one that had less than three quarters of an equal share of the last seconds, may still wait, and is next:
+no flood keeps it out.
 
 Everything happens on the event loop.
 """
@@ -28,7 +28,7 @@ from shared.fair_queue import FairQueue
 _SMOOTHING = 0.1  # weight of the newest request in the mean time that one takes
 _MEMORY_S = 10.0  # after which what a client had counts for a third
 _PRESENT_S = 5.0  # after its last request a client is not there any more, and needs no room kept for it
-_MODEST = 0.5  # of an equal share
+_MODEST = 0.75  # of an equal share
 _PATIENCE = 2.0  # mean times of a request: where each takes seconds, a queue of a second is a short one
 
 
@@ -165,8 +165,7 @@ class Door:
         return client.had_s(now_s) + client.inside * (self._mean_s or 1.0)
 
     def _may_still_wait(self, client: str, known: _Client) -> bool:
-        few = max(1, self.max_inside // 2)
-        return self._queue.ahead(client, self._cost(known)) < few and self._modest(known)
+        return self._queue.ahead(client, self._cost(known)) < self.max_inside and self._modest(known)
 
     def _cost(self, client: _Client) -> float:
         """What a turn costs it: the seconds that its requests take, and more the more of them are inside."""
