@@ -4,10 +4,14 @@ Its planner is not made for what strangers write: some expressions of 2000 chara
 additions overflow its stack) or take it seconds (functions in functions, chains of comparisons), and its functions can
 fill the memory. So: only columns of the collection, the words of a condition, and functions that make nothing larger
 and are the same at any time; and a bound for whatever nests or chains.
+
+And it merges lists: of ``year NOT IN (1, 2) OR year NOT IN (3, 4)`` it makes TRUE, and selects rows whose year is null.
+So each list stands in a call that it does not look into.
 """
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from shared.errors import InvalidRequest
@@ -46,10 +50,10 @@ class _Token(NamedTuple):
     text: str
 
 
-def check_expression(expression: str, columns: Iterable[str]) -> None:
-    """Refuse what Lance should not be asked.
+def for_lance(expression: str, columns: Iterable[str]) -> str:
+    """The expression as Lance is given it.
 
-    Raises: InvalidRequest: param ``filter``, with the columns there are.
+    Raises: InvalidRequest: Lance should not be asked it; param ``filter``, with the columns there are.
     """
     names = {name.lower(): name for name in columns}
     try:
@@ -58,6 +62,8 @@ def check_expression(expression: str, columns: Iterable[str]) -> None:
             raise ValueError("it is empty")
         _check_names(tokens, names)
         _check_shape(tokens)
+        has_lists = sum(token.text.lower() == "in" for token in tokens) > 1
+        return _with_lists_apart(tokens) if has_lists else expression
     except ValueError as error:
         raise refused(str(error), names.values()) from None
 
@@ -137,3 +143,45 @@ def _check_shape(tokens: list[_Token]) -> None:
         raise ValueError(f"more than {MOST_ARITHMETIC} sums and products")
     if sum(token.text.lower() in {"and", "or"} for token in tokens) > MOST_CONDITIONS:
         raise ValueError(f"more than {MOST_CONDITIONS} conditions")
+
+
+@dataclass
+class _Condition:
+    """``begin``: its first word's place."""
+
+    begin: int
+    compared: bool = False
+    between: bool = False
+    """Whether an AND is to come that joins its bounds."""
+
+
+def _with_lists_apart(tokens: list[_Token]) -> str:
+    """Each ``x IN (…)`` as ``coalesce(x IN (…), NULL)``, which has the same value.
+
+    Raises: ValueError: a list follows another comparison, so that x may be all of that.
+    """
+    said: list[str] = []
+    present = [_Condition(0)]  # the one, and those around it: a level for each parenthesis that is open
+    lists: list[int | None] = []  # of each such parenthesis: where its condition begins, if it is a list's
+    before = ""
+    for kind, text in tokens:
+        word, here = text.lower() if kind == "word" else "", present[-1]
+        said.append(text)
+        if kind == "open":
+            lists.append(here.begin if before == "in" else None)
+            present.append(_Condition(len(said)))
+        elif kind == "close":
+            present.pop()
+            if (begin := lists.pop()) is not None:
+                said.insert(begin, "coalesce(")
+                said.append(", NULL)")
+        elif word == "and" and here.between:
+            here.between = False
+        elif kind == "comma" or word in {"and", "or"} or (word == "not" and here.begin == len(said) - 1):
+            present[-1] = _Condition(len(said))
+        elif kind == "comparison" or word in {"is", "in", "like", "ilike", "between"}:
+            if word == "in" and here.compared:
+                raise ValueError("a list follows another comparison; join them by AND, or put that in parentheses")
+            here.compared, here.between = True, word == "between"
+        before = word
+    return " ".join(said)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from retriever_svc.delta import Delta
-from retriever_svc.expressions import check_expression, refused
+from retriever_svc.expressions import for_lance, refused
 from retriever_svc.passages import FILTERABLE, PassageTable, matching_rows
 from retriever_svc.ranking import BoolArray
 
@@ -72,14 +72,14 @@ class Filters:
         """
         if (known := self.kept(expression)) is not None:
             return known
-        check_expression(expression, self.columns)
+        condition = for_lance(expression, self.columns)
         # No rows, no data to fail on: whatever is wrong, the condition is.
-        _evaluated(self._passages.filterable.empty_table(), expression, self.columns)
+        _evaluated(self._passages.filterable.empty_table(), condition, self.columns)
         try:
-            base = self._passages.matching(expression)
+            base = self._passages.matching(condition)
         except ValueError as error:
             raise refused(_reason(error), self.columns) from error
-        found = Selection(expression, base, self._delta, self.columns)
+        found = Selection(condition, base, self._delta, self.columns)
         found.added()
         with self._lock:
             self._kept[expression] = found

@@ -127,6 +127,7 @@ def _others(draw: st.DrawFn) -> Condition:
                 Condition(f"`{column}` IS NULL", lambda row: row[column] is None),
                 Condition(f"`{column}` is not null", lambda row: row[column] is not None),
                 Condition(f"year BETWEEN {a} AND {b}", _unless_null("year", lambda n: a <= n <= b)),
+                Condition(f"year in ({a}, {b})", _unless_null("year", lambda n: n in (a, b))),
                 Condition(f"year not in ({a}, {b})", _unless_null("year", lambda n: n not in (a, b))),
                 Condition(f"lang in ({within})", _unless_null("lang", lambda found: found in languages)),
                 Condition("lang LIKE 'e%'", _unless_null("lang", lambda found: found.startswith("e"))),
@@ -143,29 +144,31 @@ def _others(draw: st.DrawFn) -> Condition:
     )
 
 
-def _and(a: Condition, b: Condition) -> Condition:
+def both(a: Condition, b: Condition) -> Condition:
     def holds(row: Row) -> bool | None:
-        both = (a.holds(row), b.holds(row))
-        return False if False in both else None if None in both else True
+        held = (a.holds(row), b.holds(row))
+        return False if False in held else None if None in held else True
 
     return Condition(f"({a.sql} AND {b.sql})", holds)
 
 
-def _or(a: Condition, b: Condition) -> Condition:
+def either(a: Condition, b: Condition) -> Condition:
     def holds(row: Row) -> bool | None:
-        both = (a.holds(row), b.holds(row))
-        return True if True in both else None if None in both else False
+        held = (a.holds(row), b.holds(row))
+        return True if True in held else None if None in held else False
 
     return Condition(f"({a.sql} or {b.sql})", holds)
 
 
-def _not(a: Condition) -> Condition:
+def negated(a: Condition) -> Condition:
     return Condition(f"NOT ({a.sql})", lambda row: None if (held := a.holds(row)) is None else not held)
 
 
 def conditions() -> st.SearchStrategy[Condition]:
     return st.recursive(
         st.one_of(_comparisons(), _others()),
-        lambda inner: st.one_of(st.builds(_and, inner, inner), st.builds(_or, inner, inner), st.builds(_not, inner)),
+        lambda inner: st.one_of(
+            st.builds(both, inner, inner), st.builds(either, inner, inner), st.builds(negated, inner)
+        ),
         max_leaves=5,
     )

@@ -1,9 +1,12 @@
 """Filters against brute force, and what a filter may not say."""
 
+import itertools
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lance
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -13,13 +16,24 @@ from hypothesis import strategies as st
 from retriever_svc.build import Options, build_collection
 from retriever_svc.changes import Delete, Upsert
 from retriever_svc.collection import Collection
-from retriever_svc.expressions import check_expression
+from retriever_svc.expressions import for_lance
 from retriever_svc.metadata import from_json
+from retriever_svc.passages import matching_rows
 from retriever_svc.ranking import inner_products
 from retriever_svc.rebuild import rebuild
 from shared.documents import passage_of
 from shared.errors import InvalidRequest
-from tests.filters_data import METADATA, Condition, Row, conditions, metadata_columns, random_metadata
+from tests.filters_data import (
+    METADATA,
+    Condition,
+    Row,
+    both,
+    conditions,
+    either,
+    metadata_columns,
+    negated,
+    random_metadata,
+)
 from tests.retriever_data import passage_table, random_embeddings, source_of, text, title
 
 D = 8
@@ -44,6 +58,10 @@ def upsert(ids: np.ndarray, seed: int) -> tuple[Upsert, list[Row]]:
         from_json(rows, METADATA),
     )
     return change, rows
+
+
+def _within(within: tuple[int, ...], negative: bool, row: Row) -> bool | None:
+    return None if row["year"] is None else (row["year"] in within) is not negative
 
 
 class Model:
@@ -222,6 +240,55 @@ def test_what_is_no_condition_is_refused_with_the_columns_there_are(collection: 
     assert collection.filters.kept(expression) is None
 
 
+LISTS = [
+    Condition(f"{left} {'not ' * negative}in ({', '.join(map(str, within))})", partial(_within, within, bool(negative)))
+    for left in ("year", "year + 0")
+    for within in ((1990, 1991), (1991, 1992), (1993,), (1990, 1991, 1992, 1993, 1994))
+    for negative in (0, 1)
+]
+
+
+@pytest.mark.parametrize("first", LISTS, ids=lambda condition: condition.sql)
+def test_null_is_in_no_list_and_out_of_none(first: Condition) -> None:
+    """Lance's planner merges two lists, and what both let through it lets through for null as well."""
+    rows = [{"year": None}, *({"year": year} for year in range(1990, 1996))]
+    table = pa.table({"year": [row["year"] for row in rows]}, schema=pa.schema([("year", pa.int64())]))
+    data = lance.write_dataset(table, "memory://years")
+    for second, negate_first, negate_second in itertools.product(LISTS, (False, True), (False, True)):
+        joined = [
+            join(negated(first) if negate_first else first, negated(second) if negate_second else second)
+            for join in (both, either)
+        ]
+        for condition in [*joined, *map(negated, joined)]:
+            found = matching_rows(data, for_lance(condition.sql, ["year"]), len(rows))
+            assert found.tolist() == [condition.holds(row) is True for row in rows], condition.sql
+
+
+@pytest.mark.parametrize(
+    ("expression", "lists"),
+    [
+        ("year between 1 and 2 and year in (3) or ok in (true)", 2),
+        ("not ((year in (1)) = ok) or lower(lang) in ('a', 'in (1')", 2),
+        ("ok in (year in (1), not ok in (false))", 3),
+        ("`read at` in (timestamp '2020-01-01') and year - -1 not in (-1, 2 * (1 + 1))", 2),
+        ("coalesce(year in (1), ok) and (year in (1)) is null", 2),
+    ],
+)
+def test_lists_stand_apart_and_mean_what_they_meant(collection: Collection, expression: str, lists: int) -> None:
+    given_to_lance = for_lance(expression, collection.filters.columns)
+    assert given_to_lance.count(", NULL)") == lists
+    directly = collection.passages.matching(expression)  # no two of these lists could be merged
+    assert collection.passages.matching(given_to_lance).tolist() == directly.tolist()
+
+
+@pytest.mark.parametrize(
+    "expression", ["year in (1) in (true) or ok", "year between 1 and 2 in (true) or ok in (true)"]
+)
+def test_a_list_after_another_comparison_is_refused_where_lists_must_stand_apart(expression: str) -> None:
+    with pytest.raises(InvalidRequest, match="a list follows another comparison"):
+        for_lance(expression, ["year", "ok"])
+
+
 @pytest.mark.parametrize(
     "expression",
     [
@@ -240,7 +307,7 @@ def test_what_is_no_condition_is_refused_with_the_columns_there_are(collection: 
 )
 def test_what_nests_or_chains_without_end_is_refused(expression: str) -> None:
     with pytest.raises(InvalidRequest, match="filter: "):
-        check_expression(expression, ["year", "lang", "ok"])
+        for_lance(expression, ["year", "lang", "ok"])
 
 
 @pytest.mark.parametrize(
@@ -258,8 +325,10 @@ def test_what_nests_or_chains_without_end_is_refused(expression: str) -> None:
         " and ".join(["(ok or (not ok or (year = 1 and id = 2)))"] * 40),
         " or ".join(["coalesce(coalesce(coalesce(lang,'a'),'b'),'c')='x'"] * 60),
         " or ".join(["ok=(ok=(ok=(ok=(ok=(ok=(ok=(ok=(ok=ok))))))))"] * 60),
+        " or ".join(["ok in (ok in (ok in (ok in (ok in (ok in (ok in (ok)))))))"] * 60),
+        " or ".join(["year in (1,2)"] * 200),
     ],
-    ids=range(12),
+    ids=range(14),
 )
 def test_the_longest_that_is_taken_is_evaluated_in_a_while(collection: Collection, expression: str) -> None:
     found: list[Any] = []
