@@ -23,6 +23,14 @@ def random_embeddings(n: int, dimension: int, *, dtype: str = "float32", seed: i
     return np.random.default_rng(seed).standard_normal((n, dimension)).astype(dtype)
 
 
+def clustered(n: int, dimension: int, *, seed: int = 0) -> npt.NDArray[np.float32]:
+    """Unit vectors around 1 centre in 40, as sentences about the same things are: what recall floors are stated for."""
+    dice = np.random.default_rng(seed)
+    centres = dice.standard_normal((max(1, n // 40), dimension))
+    vectors = centres[dice.integers(0, len(centres), n)] + 0.5 * dice.standard_normal((n, dimension))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
 def tied_embeddings(n: int, dimension: int, *, dtype: str = "float32", seed: int = 0) -> npt.NDArray[np.floating]:
     """Embeddings of few distinct values, many rows equal: exact in every precision, and full of equal scores."""
     return np.random.default_rng(seed).integers(-1, 2, (n, dimension)).astype(dtype) / 2

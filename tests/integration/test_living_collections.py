@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
@@ -21,14 +21,11 @@ from shared.arrow import vector_array, write_stream
 from shared.retrieval import RetrieveQuery
 from shared.vectors import ARROW_TYPE, JSON_TYPE, Form, query_to_wire, result_from_wire
 from tests.filters_data import Condition, Row, conditions, metadata_columns, random_metadata
-from tests.retriever_data import ENCODER, passage_table, random_embeddings, source_of, text, title
+from tests.retriever_data import ENCODER, clustered, passage_table, random_embeddings, source_of, text, title
 from tests.retriever_process import RetrieverProcess
 
 D = 8
 N = 700
-# Recall floors are of embeddings that cluster as sentences do. In these, drawn evenly, the neighbours are spread over
-# more lists: 0.975 to 0.982 of the best five were found in three collections of ivf-flat, whose floor is 0.97.
-SPREAD = 0.02
 MADE = "made"  # the collection that is removed, and made again without passages
 KINDS = {f"all-{kind}": kind for kind in PRESETS}
 METADATA_TYPES = {
@@ -45,7 +42,7 @@ METADATA_TYPES = {
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RetrieverProcess]:
     data = tmp_path_factory.mktemp("living") / "data"
     for name, kind in KINDS.items():
-        table = passage_table(random_embeddings(N, D, dtype="float16"))
+        table = passage_table(clustered(N, D).astype(np.float16))
         for column, values in metadata_columns(random_metadata(N, 0)).items():
             table = table.append_column(column, values)
         source = source_of(table, batch_rows=100)
@@ -71,7 +68,7 @@ class Model:
 
     def __init__(self, kind: str, n: int) -> None:
         self.kind = kind
-        embeddings = random_embeddings(n, D, dtype="float16").astype(np.float32)
+        embeddings = clustered(n, D).astype(np.float16).astype(np.float32)
         self.embeddings = dict(enumerate(embeddings))
         self.texts = {i: (title(i), text(i)) for i in range(n)}
         self.metadata = dict(enumerate(random_metadata(n, 0)))
@@ -122,7 +119,7 @@ class Living(RuleBasedStateMachine):
         dice, model = np.random.default_rng(seed), MODELS[name]
         ids: list[int | None] = [int(i) for i in dice.choice(2 * N, n, replace=False)]
         ids = [None if dice.random() < 0.2 else i for i in ids]
-        embeddings = random_embeddings(n, D, seed=seed)
+        embeddings = clustered(n, D, seed=seed)
         words = [(f"T{seed}-{i}", f"text {i} “é”") for i in range(n)]
         metadata = random_metadata(n, seed)
         path = f"/v1/collections/{name}/passages"
@@ -265,18 +262,20 @@ class Living(RuleBasedStateMachine):
 def test_every_kind_stays_true_whatever_is_done_to_it(service: RetrieverProcess) -> None:
     Living.url = service.url
     run_state_machine_as_test(
-        Living, settings=settings(max_examples=6, stateful_step_count=50, deadline=None, print_blob=True)
+        Living,
+        # not made shorter where it fails: the collections stay from one run to the next
+        settings=settings(max_examples=6, stateful_step_count=50, deadline=None, phases=(Phase.generate,)),
     )
     for name, model in MODELS.items():
         if len(model.embeddings) >= 5 and name != MADE:
-            assert recall_at_5(service, name, model) >= PRESETS[model.kind].recall_floor - SPREAD, name
+            assert recall_at_5(service, name, model) >= PRESETS[model.kind].recall_floor, name
 
 
 def recall_at_5(service: RetrieverProcess, name: str, model: Model) -> float:
-    """Of a thousand random queries."""
-    queries_BD = random_embeddings(1000, D, seed=5)
+    """Of queries that are near what was there in the beginning."""
+    queries_BD = clustered(N, D) + 0.05 * random_embeddings(N, D, seed=5)
     ids, stored_ND = np.array(list(model.embeddings)), np.array(list(model.embeddings.values()))
-    best_BK = ids[np.argsort(-(queries_BD @ stored_ND.T), axis=1)[:, :5]]
+    best_BK = np.array([ids[np.lexsort((ids, -inner_products(query_D, stored_ND)))][:5] for query_D in queries_BD])
     with httpx.Client(base_url=service.url, timeout=60) as http:
         hits = 0
         for first in range(0, len(queries_BD), 200):

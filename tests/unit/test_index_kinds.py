@@ -12,7 +12,7 @@ from retriever_svc.index import PRESETS, Index, merged, recipe
 from retriever_svc.ranking import Ranked, Segment, inner_products
 from shared.errors import InvalidRequest
 from shared.schemas import SearchParams
-from tests.retriever_data import brute_force, random_embeddings, tied_embeddings, write_index
+from tests.retriever_data import brute_force, clustered, random_embeddings, tied_embeddings, write_index
 
 FACTORIES = ["Flat", "SQ4", "HNSW8", "IVF4,SQ8", "IVF8,PQ2x4", "OPQ2,IVF4,PQ2x4", "PCA4,Flat", "IVF4_HNSW8,Flat"]
 KINDS = [*PRESETS, *FACTORIES]
@@ -25,14 +25,6 @@ def built(folder: Path, embeddings_ND: np.ndarray, kind: str, dtype: str = "floa
 
 def max_norm(embeddings_ND: np.ndarray) -> float:
     return float(np.linalg.norm(embeddings_ND.astype(np.float64), axis=1).max())
-
-
-def clustered(n: int, dimension: int, seed: int) -> np.ndarray:
-    """Unit vectors around 1 centre in 40, as sentences about the same things are."""
-    dice = np.random.default_rng(seed)
-    centres = dice.standard_normal((max(1, n // 40), dimension))
-    vectors = centres[dice.integers(0, len(centres), n)] + 0.5 * dice.standard_normal((n, dimension))
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
 def limit(index: Index) -> None:
