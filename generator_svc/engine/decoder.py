@@ -59,8 +59,8 @@ class Affine(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype in _ONEDNN_DTYPES:
-            rows = len(x)
-            x = pad(x, (0, 0, 0, rounded(rows) - rows)) if rows != rounded(rows) else x
+            rows, spare = len(x), rounded(len(x)) - len(x)
+            x = pad(x, (0, 0, 0, spare)) if spare else x
             product: Tensor = _ONEDNN(x, self.weight, self.bias, "gelu" if self.gelu else "none", [], "none")
             return product[:rows]
         product = linear(x, self.weight, self.bias)
@@ -215,8 +215,9 @@ class Bart:
         lengths = [len(c) for c in contexts]
         tokens_P = torch.cat(list(contexts))
         positions_P = torch.cat([torch.arange(n, device=self.device) for n in lengths])
-        spare = rounded(len(tokens_P)) - len(tokens_P) if self.device.type == "cpu" else 0
-        tokens_P, positions_P = pad(tokens_P, (0, spare)), pad(positions_P, (0, spare))
+        if self.device.type == "cpu":  # here, where it is a number a row, and not before each product
+            spare = rounded(len(tokens_P)) - len(tokens_P)
+            tokens_P, positions_P = pad(tokens_P, (0, spare)), pad(positions_P, (0, spare))
         x_PD = self._embed(tokens_P, self.encoder_embed, positions_P, self.encoder_positions, self.encoder_norm)
         # One document after the other on a CPU, which computes padding as slowly as text.
         parts = [[n] for n in lengths] if self.device.type == "cpu" else [lengths]

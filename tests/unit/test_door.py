@@ -171,6 +171,25 @@ async def test_while_one_sheds_a_client_that_sends_little_is_next() -> None:
     await visitors.end()
 
 
+async def test_while_one_sheds_a_modest_client_waits_for_its_own_requests_but_not_for_many() -> None:
+    visitors = Visitors(door(max_inside=2, share=0.5, shed_after_s=0.02))
+    await visitors.come("a0")
+    await visitors.leave("a0")
+    await visitors.come("a1", "a2", "a3")
+    await asyncio.sleep(0.05)
+    assert visitors.door.shedding
+    await visitors.come("b1")
+    await visitors.leave("a1")
+    assert visitors.inside == ["a2", "b1"]
+    await visitors.come("b2", "b3", "b4")
+    await visitors.refused("b4")
+    await visitors.leave("b1")
+    assert visitors.inside == ["a2", "b2"]
+    await visitors.leave("b2")
+    assert visitors.inside == ["a2", "b3"]
+    await visitors.end()
+
+
 async def test_who_never_had_an_answer_is_modest_beside_who_fills_the_room() -> None:
     visitors = Visitors(door(max_inside=2, max_waiting=2, share=0.5, shed_after_s=60))
     await visitors.come("a1", "a2", "a3", "a4")
