@@ -94,9 +94,16 @@ crash: setup-dev  ## kill a retriever under writes and builds N times, and look 
 swap: setup-dev  ## move an alias and build generations under N searches, and look for errors and mixed answers (N=10000)
 	@$(BIN)/python -W ignore -m tests.swap $(or $(N),10000)
 
-gpu-check:  ## everything that runs on CUDA against the CPU; says so where there is no CUDA
+gpu-check:  ## everything that runs on CUDA against the CPU, and beside its rivals; says so where there is no CUDA
 	@mkdir -p build benchmarks/results
-	@$(GPU_PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu
+	@failed=0; \
+	$(GPU_PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu || failed=1; \
+	if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(GPU_PYTHON) -W ignore -m benchmarks.retriever_gpu --count 100000 || failed=1; \
+	  $(GPU_PYTHON) -W ignore -m benchmarks.engine --device cuda --shape base large --batch 4 8 --beams 1 4 \
+	    --output benchmarks/results/engine_cuda.json || failed=1; \
+	else echo "torch sees no CUDA device here: the benchmarks beside the rivals need one"; fi; \
+	exit $$failed
 
 browser:
 	@command -v chromium chromium-browser google-chrome >/dev/null || { \

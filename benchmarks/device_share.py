@@ -5,7 +5,10 @@ step reads every weight for a handful of rows, so its bound is the time in which
 """
 
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +19,7 @@ from benchmarks.machine import matrix_product_peak, median_time, memory_bandwidt
 from benchmarks.models import SHAPES, Shape, random_inputs, random_rag
 from benchmarks.sides import N_DOCS, NEW_TOKENS, engine_of
 from generator_svc.engine.decoder import Bart
+from generator_svc.engine.lane import Lane, LaneDecoding
 
 BEAMS = 4
 
@@ -54,18 +58,15 @@ def device_share(shape_name: str, dtype_name: str, device: str, batch: int) -> D
         for at, scores in enumerate(inputs.doc_scores)
     ]
     prefill_s = median_time(lambda: engine.begin(tasks), device, 3)
-    running = engine.begin(tasks)
-    steps, passes = [], []
-    ordinary = Bart.next_logits
-
-    def next_logits(bart: Bart, *inputs: Any) -> Tensor:
-        found: list[Tensor] = []
-        passes.append(timed(lambda: found.append(ordinary(bart, *inputs)), device))
-        return found[0]
-
-    with patch.object(Bart, "next_logits", next_logits):
-        while not running[0].finished:
-            steps.append(timed(lambda: engine.step(running), device))
+    for _ in range(2 if device == "cpu" else 3):  # on CUDA a step is captured the second time
+        running = engine.begin(tasks)
+        steps: list[float] = []
+        passes: list[float] = []
+        with _decoder_timed(passes, device):
+            while not running[0].finished:
+                steps.append(timed(partial(engine.step, running), device))
+    if isinstance(running[0], LaneDecoding):
+        passes = [_replayed_s(running[0].lane)]
     bandwidth = memory_bandwidth(device)
     return DeviceShare(
         shape=shape_name,
@@ -78,6 +79,46 @@ def device_share(shape_name: str, dtype_name: str, device: str, batch: int) -> D
         step_s=statistics.median(steps),
         floor_s=step_bytes(shape, lengths, dtype.itemsize) / bandwidth,
     )
+
+
+@contextmanager
+def _decoder_timed(passes: list[float], device: str) -> Iterator[None]:
+    """While it lasts, the seconds of each pass of the decoder are appended."""
+    extend, logits = Bart.extend, Bart.logits
+
+    def timed_extend(bart: Bart, *inputs: Any, **options: Any) -> Tensor:
+        found: list[Tensor] = []
+        passes.append(timed(lambda: found.append(extend(bart, *inputs, **options)), device))
+        return found[0]
+
+    def timed_logits(bart: Bart, hidden_RD: Tensor) -> Tensor:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return logits(bart, hidden_RD)
+        found: list[Tensor] = []
+        seconds = timed(lambda: found.append(logits(bart, hidden_RD)), device)
+        if passes:
+            passes[-1] += seconds
+        return found[0]
+
+    with patch.object(Bart, "extend", timed_extend), patch.object(Bart, "logits", timed_logits):
+        yield
+
+
+@torch.inference_mode()
+def _replayed_s(lane: Lane, times: int = 50) -> float:
+    """Of a lane's decoder and marginalisation half-way through an answer, as one graph."""
+    graph = torch.cuda.CUDAGraph()
+    lane.scores(NEW_TOKENS // 2)
+    with torch.cuda.graph(graph):
+        lane.scores(NEW_TOKENS // 2)
+    graph.replay()
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    began.record()
+    for _ in range(times):
+        graph.replay()
+    ended.record()
+    torch.cuda.synchronize()
+    return float(began.elapsed_time(ended)) / times / 1000
 
 
 def prefill_operations(shape: Shape, lengths: list[int]) -> float:

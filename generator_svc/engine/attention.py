@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from generator_svc.engine.cache import DocumentCache, alike
+from generator_svc.engine.cache import DocumentCache, alike, runs
 
 
 class Rows:
@@ -60,6 +60,11 @@ def length_mask(lengths: Sequence[int], like: Tensor) -> Tensor | None:
     return like.new_zeros(len(lengths), 1, 1, longest).masked_fill_(hidden[:, None, None], -torch.inf)
 
 
+def visible_device(visible: Sequence[Tensor | None]) -> torch.device:
+    """Where the masks lie: those of a search on its device, those of a trie on the host."""
+    return next((mask.device for mask in visible if mask is not None), torch.device("cpu"))
+
+
 class Attention(Protocol):
     """What the decoder's rows attend to."""
 
@@ -96,24 +101,25 @@ class Segment:
         if kept:
             self._group.reserve(self._seen)
             places = [(d.slot, d.size + i) for d, n in zip(documents, counts, strict=True) for i in range(n)]
-            self._places = torch.tensor(places, device=like.device).T
+            self._places = torch.tensor(places).T.to(like.device)
 
     def _node_mask(self, seen: Sequence[int], visible: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
         """(N, 1, M, W)"""
         if min(seen) == self._seen and all(v is None for v in visible):
             return None
-        mask = like.new_full((*self._rows.shape, self._seen), -torch.inf)
+        seen_by = torch.zeros(*self._rows.shape, self._seen, dtype=torch.bool, device=visible_device(visible))
         start = 0
         for _, equal in itertools.groupby(zip(visible, seen, strict=True), key=lambda pair: (id(pair[0]), pair[1])):
             same = list(equal)
             (seen_here, width), end = same[0], start + len(same)
             if seen_here is None:
-                mask[start:end, :, :width] = 0.0
+                seen_by[start:end, :, :width] = True
             else:
-                mask[start:end, : len(seen_here), :width].masked_fill_(seen_here, 0.0)
-                mask[start:end, len(seen_here) :] = 0.0  # rows that are padding: any number will do, but a number
+                seen_by[start:end, : len(seen_here), :width] = seen_here
+                seen_by[start:end, len(seen_here) :] = True  # rows that are padding: any number will do, but a number
             start = end
-        return mask.unsqueeze(1)
+        hidden = ~seen_by.to(like.device)
+        return like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf).unsqueeze(1)
 
     def attend_to_nodes(self, layer: int, qkv_R3HE: Tensor) -> Tensor:
         """Self-attention, (R, H, E), of the new nodes, which are appended."""
@@ -146,7 +152,7 @@ class Segments:
         counts = [1 if v is None else len(v) for v in visible]
         starts = [0, *itertools.accumulate(counts)]
         self._parts: list[tuple[slice, Segment]] = []
-        for run in _runs(documents):
+        for run in runs(documents):
             for part in alike([max(n, d.length) for n, d in zip(counts[run], documents[run], strict=True)]):
                 at = slice(run.start + part.start, run.start + part.stop)
                 segment = Segment(documents[at], counts[at], visible[at], kept)
@@ -171,13 +177,3 @@ def row_order(order: Sequence[int], counts: Sequence[int]) -> Tensor:
     """(R,) the packed rows of documents, ``counts`` of each, in the order of the documents."""
     starts = [0, *itertools.accumulate(counts)]
     return torch.tensor([row for at in order for row in range(starts[at], starts[at + 1])])
-
-
-def _runs(documents: Sequence[DocumentCache]) -> list[slice]:
-    """Neighbours in one group, slot by slot."""
-    breaks = [
-        at
-        for at, (left, right) in enumerate(itertools.pairwise(documents), start=1)
-        if right.group is not left.group or right.slot != left.slot + 1
-    ]
-    return [slice(start, end) for start, end in itertools.pairwise([0, *breaks, len(documents)])]

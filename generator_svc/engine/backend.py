@@ -19,7 +19,10 @@ from shared.schemas import Strategy
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A question to be answered: ``contexts`` N of (S,) int64 without padding, ``log_prior`` (N,) log p(z|x)."""
+    """A question to be answered: ``contexts`` N of (S,) int64 without padding, ``log_prior`` (N,) log p(z|x).
+
+    These and what comes of it lie on the host: they are small, and looked at a value at a time.
+    """
 
     contexts: Sequence[Tensor]
     log_prior: Tensor
@@ -48,7 +51,10 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """``sequences`` (C, 1 + T), best first, padded; ``log_probs`` (C, N, T) log p(y_t|x,z,y_<t), 0 where padded."""
+    """``sequences`` (C, 1 + T), best first, padded; ``log_probs`` (C, N, T) log p(y_t|x,z,y_<t), 0 where padded.
+
+    On the host.
+    """
 
     sequences: Tensor
     log_probs: Tensor
@@ -71,17 +77,14 @@ class Backend(Protocol):
     def together(self, tasks: Sequence[Task]) -> Iterable[slice]:
         """Which of a batch's questions best run together, from beginning to end."""
 
-    def encode(self, contexts: Sequence[Tensor], nodes: int) -> list[Any]:
-        """Each document, once; what comes back serves generation and scoring alike.
+    def encode(self, contexts: Sequence[Tensor]) -> list[Any]:
+        """Each document, once, to be scored."""
 
-        Args:
-            nodes: the most that a document's token tree will have.
-        """
-
-    def begin(self, task: Task, encoded: Sequence[Any]) -> Decoding: ...
+    def begin(self, tasks: Sequence[Task]) -> Sequence[Decoding]:
+        """Encodes the documents of all questions together."""
 
     def step(self, running: Sequence[Any]) -> None:
-        """Moves decodings on by one token, or more."""
+        """Moves decodings on by one token, or more. Those that began together are moved on together."""
 
     def finish(self, done: Sequence[Any]) -> list[Answers]:
         """The answers of decodings that are finished."""

@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import RagTokenForGeneration
 
 from generator_svc.engine.backend import Answers, Task
 from generator_svc.engine.cache import DocumentCache, chunks
 from generator_svc.engine.decoder import Bart
-from generator_svc.engine.decoding import BartDecoding, score, step
-from generator_svc.engine.graphs import StaticGroups
+from generator_svc.engine.decoding import BartDecoding, TreeDecoding, score, step
 from generator_svc.engine.heads import bos_of, padded, rank_scores, unique_rows
-from generator_svc.engine.search import BeamSearch, RowSearch, Search
+from generator_svc.engine.lane import LaneDecoding
+from generator_svc.engine.lanes import Lanes
+from generator_svc.engine.search import BeamSearch, RowSearch
 from generator_svc.engine.trie import Trie
 
 # What a batch's documents may hold on a CPU, where more questions at once gain little time: a step is bound by its
@@ -37,26 +37,50 @@ class BartBackend:
         self._model = model
         generator: Any = model.config.generator
         self._bart = Bart(model.generator)
+        self.lanes: Lanes | None = None
+        """What moves questions of one form on in step; None: every question by itself."""
         if cuda_graphs and self._bart.device.type == "cuda":
-            self._bart.graphs = StaticGroups(self._bart, capture=True)
+            self.use_lanes(capture=True)
         self._pad = int(generator.pad_token_id)
         self._start = int(model.generation_config.decoder_start_token_id)
         self._bos = bos_of(model.config)
 
     def together(self, tasks: Sequence[Task]) -> Iterable[slice]:
-        if self._bart.device.type != "cpu":
+        if not self._bart.on_cpu:
             return [slice(0, len(tasks))]
         held = [self._bart.source_bytes * sum(map(len, task.contexts)) for task in tasks]
         return chunks(held, CPU_HELD_BYTES)
 
-    def encode(self, contexts: Sequence[Tensor], nodes: int) -> list[DocumentCache]:
-        return self._bart.prefill(contexts, nodes)
+    def use_lanes(self, *, capture: bool) -> None:
+        self.lanes = Lanes(self._bart, self._search, capture=capture)
 
-    def begin(self, task: Task, encoded: Sequence[DocumentCache]) -> BartDecoding:
-        return BartDecoding(task, list(encoded), self._search(task))
+    def encode(self, contexts: Sequence[Tensor]) -> list[DocumentCache]:
+        return self._bart.prefill(contexts, nodes=0)
+
+    def begin(self, tasks: Sequence[Task]) -> list[BartDecoding]:
+        in_lanes = [None] * len(tasks) if self.lanes is None else self.lanes.begin(tasks)
+        placed = [(task, found) for task, found in zip(tasks, in_lanes, strict=True) if found is not None]
+        if placed:
+            contexts = [context for task, _ in placed for context in task.contexts]
+            self._bart.encode(contexts, [cache for _, found in placed for cache in found.caches])
+        others = [task for task, found in zip(tasks, in_lanes, strict=True) if found is None]
+        nodes = max((task.nodes for task in others), default=0)
+        encoded = iter(self._bart.prefill([context for task in others for context in task.contexts], nodes))
+        return [
+            TreeDecoding(task, list(islice(encoded, len(task.contexts))), self._search(task), self._bart.device)
+            if found is None
+            else found
+            for task, found in zip(tasks, in_lanes, strict=True)
+        ]
 
     def step(self, running: Sequence[BartDecoding]) -> None:
-        step(self._bart, running)
+        lanes = {decoding.lane for decoding in running if isinstance(decoding, LaneDecoding)}
+        for lane in lanes:
+            lane.step()
+        if others := [decoding for decoding in running if isinstance(decoding, TreeDecoding)]:
+            step(self._bart, others)
+        for lane in lanes:
+            lane.settle()
 
     def finish(self, done: Sequence[BartDecoding]) -> list[Answers]:
         found = [self._candidates(decoding) for decoding in done]
@@ -79,9 +103,9 @@ class BartBackend:
         return answers
 
     def _candidates(self, decoding: BartDecoding) -> list[Tensor]:
-        candidates = [row for problem in decoding.search.sequences() for row in problem]
+        candidates = [row for results in decoding.results() for row, _ in results]
         if not candidates:  # the rules leave nothing to be said
-            return [torch.tensor([self._start, self._pad], device=self._bart.device)]
+            return [torch.tensor([self._start, self._pad])]
         ranked = decoding.task.strategy == "sequence"
         return unique_rows(candidates) if ranked and decoding.task.deduplicate else candidates
 
@@ -97,7 +121,7 @@ class BartBackend:
     ) -> list[dict[tuple[int, ...], Tensor]]:
         """For each document log p(y_t | x, z, y_<t) of its answers, (T,) each."""
         of_documents = [tuple(map(_key, rows)) for rows in answers]
-        tries = {rows: Trie.of(rows, self._bart.device) for rows in of_documents if rows}  # documents may share one
+        tries = {rows: Trie.of(rows) for rows in of_documents if rows}  # documents may share one
         asked = [at for at, rows in enumerate(of_documents) if rows]
         edges = iter(score(self._bart, [documents[at] for at in asked], [tries[of_documents[at]] for at in asked]))
         return [
@@ -110,7 +134,8 @@ class BartBackend:
         best = ranks.topk(min(task.config.num_return_sequences, len(rows))).indices
         return rows[best], log_probs_CNT[best]
 
-    def _search(self, task: Task) -> Search:
+    def _search(self, task: Task, problems: int = 0) -> BeamSearch | RowSearch:
+        """For so many problems of questions like this one; 0: those of this one."""
         device = self._bart.device
         model: Any = self._model
         config = copy.copy(task.config)
@@ -132,20 +157,22 @@ class BartBackend:
             "stopping": model._get_stopping_criteria(generation_config=config, stopping_criteria=task.stopping),
             "device": device,
         }
-        problems = 1 if task.strategy == "token" else len(task.contexts)
+        per_question = 1 if task.strategy == "token" else len(task.contexts)
+        problems = problems or per_question
+        rules["max_length"] = config.max_length
+        rules["documents"] = len(task.contexts) if task.strategy == "token" else 1  # that share in a token
         if config.num_beams == 1:
             sampler = None
             if config.do_sample:
                 sampler = torch.Generator(device)
                 _ = sampler.seed() if task.seed is None else sampler.manual_seed(task.seed)
-            samples = -(-returned // problems) if config.do_sample else 1
+            samples = -(-returned // per_question) if config.do_sample else 1
             return RowSearch(problems=problems, samples=samples, sampler=sampler, **rules)
         eos = config._eos_token_tensor
         return BeamSearch(
             problems=problems,
             beams=config.num_beams,
             returned=returned if task.strategy == "token" else config.num_beams,
-            max_length=config.max_length,
             eos_tokens=0 if eos is None else len(eos),
             length_penalty=config.length_penalty,
             early_stopping=config.early_stopping,
@@ -159,11 +186,12 @@ def _key(row: Tensor) -> tuple[int, ...]:
 
 def _table(answers: Sequence[Tensor], known: Sequence[dict[tuple[int, ...], Tensor]]) -> Tensor:
     """(C, N, T) of what is known of each answer under each document: 0 behind its end, -inf where nothing is."""
-    longest = max(map(len, answers)) - 1
-    nothing = torch.full((longest,), -math.inf, device=answers[0].device)
-    rows = [
-        pad(found, (0, longest - len(found))) if (found := of_document.get(_key(row))) is not None else nothing
-        for row in answers
-        for of_document in known
-    ]
-    return torch.stack(rows).view(len(answers), len(known), longest)
+    table = torch.zeros(len(answers), len(known), max(map(len, answers)) - 1)
+    for of_answer, row in zip(table, map(_key, answers), strict=True):
+        for place, of_document in zip(of_answer, known, strict=True):
+            found = of_document.get(row)
+            if found is None:
+                place.fill_(-math.inf)
+            else:
+                place[: len(found)] = found
+    return table

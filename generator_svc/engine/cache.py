@@ -10,9 +10,11 @@ of them.
 Shapes: N documents of a group, S source tokens of the longest, C node positions, H heads, E head.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from weakref import WeakSet
 
+import torch
 from torch import Tensor
 
 MOST_PADDING = 1.5
@@ -72,9 +74,44 @@ class DocumentCache:
         self.size = 0
         group.documents.add(self)
 
-    def keep_source(self, layer: int, kv_2HSE: Tensor) -> None:
-        """Takes the cross-attention keys and values of a layer."""
-        self.group.cross[layer][:, self.slot, :, : self.length] = kv_2HSE
+
+class SourcePlaces:
+    """Where the cross-attention keys and values of neighbouring documents of one group belong.
+
+    Args:
+        documents: their P source tokens are packed, in this order.
+        device: where one copy is made of all; None: one of each document.
+    """
+
+    def __init__(self, documents: Sequence[DocumentCache], device: torch.device | None) -> None:
+        self._documents, self._group = documents, documents[0].group
+        self._places: Tensor | None = None
+        if device is not None:
+            slots = torch.tensor([document.slot for document in documents])
+            lengths = torch.tensor([document.length for document in documents])
+            positions = torch.cat([torch.arange(document.length) for document in documents])
+            self._places = torch.stack([slots.repeat_interleave(lengths), positions]).to(device)
+
+    def keep(self, layer: int, kv_P2HE: Tensor) -> None:
+        """Takes those of a layer."""
+        cache_2NHSE = self._group.cross[layer]
+        if self._places is None:
+            lengths = [document.length for document in self._documents]
+            for document, of_document in zip(self._documents, torch.split(kv_P2HE, lengths), strict=True):
+                cache_2NHSE[:, document.slot, :, : document.length] = of_document.permute(1, 2, 0, 3)
+        else:
+            slots, positions = self._places
+            cache_2NHSE[:, slots, :, positions] = kv_P2HE
+
+
+def runs(documents: Sequence[DocumentCache]) -> list[slice]:
+    """Neighbours in one group, slot by slot."""
+    breaks = [
+        at
+        for at, (left, right) in enumerate(itertools.pairwise(documents), start=1)
+        if right.group is not left.group or right.slot != left.slot + 1
+    ]
+    return [slice(start, end) for start, end in itertools.pairwise([0, *breaks, len(documents)])]
 
 
 def alike(sizes: Sequence[int], most: float = MOST_PADDING, free: int = FREE_PADDING) -> Iterator[slice]:
@@ -85,7 +122,8 @@ def alike(sizes: Sequence[int], most: float = MOST_PADDING, free: int = FREE_PAD
         if (at + 1 - start) * largest > most * total + free:
             yield slice(start, at)
             start, largest, total = at, size, size
-    yield slice(start, len(sizes))
+    if sizes:
+        yield slice(start, len(sizes))
 
 
 def chunks(sizes: Sequence[int], limit: float) -> Iterator[slice]:

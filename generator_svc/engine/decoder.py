@@ -9,7 +9,7 @@ S tokens of one document, M new nodes of one document, C cached nodes.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,24 @@ from torch.nn.functional import embedding, gelu, layer_norm, linear, pad
 from transformers import BartForConditionalGeneration
 from transformers.activations import GELUActivation
 
+from generator_svc.engine import kernels
 from generator_svc.engine.attention import Attention, Rows, Segments, attend, length_mask, row_order, slot_order
-from generator_svc.engine.cache import FIRST_NODES, KEPT_PADDING, DocumentCache, Group, alike, chunks
-
-if TYPE_CHECKING:
-    from generator_svc.engine.graphs import StaticGroups
+from generator_svc.engine.cache import (
+    FIRST_NODES,
+    KEPT_PADDING,
+    DocumentCache,
+    Group,
+    SourcePlaces,
+    alike,
+    chunks,
+    runs,
+)
 
 # Documents that go through the encoder together, on a CPU: enough rows for the products to be at their fastest, few
 # enough that intermediate results stay in caches and in memory that malloc reuses rather than maps anew each time. A
 # batch of 4240 tokens took 2.63 s at once, 2.38 in groups of 1024, 2.52 in groups of 512 (BART-base, float32).
 CPU_PREFILL_TOKENS = 1024
+ALIGNED_ROWS = 64
 POSITION_OFFSET = 2  # BartLearnedPositionalEmbedding keeps two rows that nobody uses
 
 
@@ -75,6 +83,12 @@ class Norm(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
+    def of_sum(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Of ``x + residual``; the sum may take the place of ``x``."""
+        if x.is_cuda:
+            return kernels.add_norm(x, residual, self.weight, self.bias, self.eps)
+        return self(x.add_(residual))
+
 
 class Block(NamedTuple):
     """What encoder and decoder layers have in common: self-attention and the feed-forward network."""
@@ -90,7 +104,7 @@ class Block(NamedTuple):
     def feed_forward(self, x: Tensor) -> Tensor:
         inner = self.fc1(x)
         inner = inner if self.activation is None else self.activation(inner)
-        return self.final_norm(self.fc2(inner).add_(x))
+        return self.final_norm.of_sum(self.fc2(inner), x)
 
 
 class CrossAttention(NamedTuple):
@@ -147,6 +161,8 @@ class Bart:
         self.heads = int(config.decoder_attention_heads)
         self.encoder_heads = int(config.encoder_attention_heads)
         self.dtype, self.device = model.dtype, model.device
+        self.on_cpu = self.device.type == "cpu"
+        """Where a launch costs nothing, and padding as much as text."""
         # one table for all, unless the configuration unties them
         self.encoder_embed = encoder.embed_tokens.weight.data
         self.decoder_embed = decoder.embed_tokens.weight.data
@@ -157,13 +173,26 @@ class Bart:
         self.decoder_norm = _norm(decoder.layernorm_embedding)
         self.encoder_layers = [_block(m) for m in encoder.layers]
         self.decoder_layers = [(_block(m), _cross_attention(m)) for m in decoder.layers]
-        self.head = Affine(model.lm_head.weight.data, model.final_logits_bias.data[0].to(self.dtype))
-        self.graphs: StaticGroups | None = None
-        """What runs decode steps over tensors that stay where they are; None: every step as it comes."""
+        self.vocab_size = len(model.lm_head.weight)
+        self._head = self._output(model)
 
-    @property
-    def vocab_size(self) -> int:
-        return self.head.weight.shape[0]
+    def _output(self, model: BartForConditionalGeneration) -> Affine:
+        """From the last states to logits.
+
+        On CUDA with rows of padding, so that every row of logits begins where many bytes can be moved at once. A table
+        of words that shares the matrix becomes a view of it.
+        """
+        head, bias = model.lm_head.weight, model.final_logits_bias.data[0].to(self.dtype)
+        if self.on_cpu:
+            return Affine(head.data, bias)
+        spare = -len(head) % ALIGNED_ROWS
+        padded, shared = pad(head.data, (0, 0, 0, spare)), head.data.data_ptr()
+        head.data = padded[: len(head)]
+        tables = {name: getattr(self, name) for name in ("encoder_embed", "decoder_embed")}
+        for name, table in tables.items():
+            if table.data_ptr() == shared:
+                setattr(self, name, head.data)
+        return Affine(padded, pad(bias, (0, spare)))
 
     @property
     def source_bytes(self) -> int:
@@ -188,51 +217,60 @@ class Bart:
 
     @torch.inference_mode()
     def prefill(self, contexts: Sequence[Tensor], nodes: int) -> list[DocumentCache]:
-        """Encodes documents and computes the cross-attention keys and values of every layer, once.
+        """Caches for documents that are encoded here.
 
         Args:
             contexts: token ids of each document, (S,) without padding.
             nodes: the most that a document's token tree will have, where that is known.
         """
-        on_cpu = self.device.type == "cpu"
         # neighbours in length share a group, which pads them to the longest
-        order = sorted(range(len(contexts)), key=lambda at: len(contexts[at])) if on_cpu else range(len(contexts))
+        order = sorted(range(len(contexts)), key=lambda at: len(contexts[at])) if self.on_cpu else range(len(contexts))
         ordered = [contexts[at] for at in order]
         documents: dict[int, DocumentCache] = {}
-        for together in alike([len(context) for context in ordered], *(KEPT_PADDING if on_cpu else ())):
+        for together in alike([len(context) for context in ordered], *(KEPT_PADDING if self.on_cpu else ())):
             lengths = [len(context) for context in ordered[together]]
-            group = None if self.graphs is None else self.graphs.group(lengths, nodes)
-            if group is None:
-                slots, capacity = len(lengths), min(nodes, FIRST_NODES)
-                group = Group(self.caches(slots, max(lengths)), self.caches(slots, capacity))
+            slots, capacity = len(lengths), min(nodes, FIRST_NODES)
+            group = Group(self.caches(slots, max(lengths)), self.caches(slots, capacity))
             made = [DocumentCache(group, slot, length) for slot, length in enumerate(lengths)]
-            for chunk in chunks(lengths, CPU_PREFILL_TOKENS) if on_cpu else [slice(None)]:
-                self._encode(ordered[together][chunk], made[chunk])
+            if self.on_cpu:
+                for chunk in chunks(lengths, CPU_PREFILL_TOKENS):
+                    self.encode(ordered[together][chunk], made[chunk])
             documents |= zip(order[together], made, strict=True)
-        return [documents[at] for at in range(len(contexts))]
+        found = [documents[at] for at in range(len(contexts))]
+        if not self.on_cpu and contexts:
+            self.encode(contexts, found)
+        return found
 
-    def _encode(self, contexts: Sequence[Tensor], documents: Sequence[DocumentCache]) -> None:
+    @torch.inference_mode()
+    def encode(self, contexts: Sequence[Tensor], documents: Sequence[DocumentCache]) -> None:
+        """Computes the cross-attention keys and values of every layer, once, and puts them into documents' caches.
+
+        Args:
+            contexts: token ids of each document, (S,) without padding.
+        """
         lengths = [len(c) for c in contexts]
-        tokens_P = torch.cat(list(contexts))
-        positions_P = torch.cat([torch.arange(n, device=self.device) for n in lengths])
-        if self.device.type == "cpu":  # here, where it is a number a row, and not before each product
+        tokens_P, positions_P = torch.cat(list(contexts)), torch.cat([torch.arange(n) for n in lengths])
+        if self.on_cpu:  # here, where it is a number a row, and not before each product
             spare = rounded(len(tokens_P)) - len(tokens_P)
             tokens_P, positions_P = pad(tokens_P, (0, spare)), pad(positions_P, (0, spare))
+        tokens_P, positions_P = torch.stack([tokens_P, positions_P]).to(self.device)
         x_PD = self._embed(tokens_P, self.encoder_embed, positions_P, self.encoder_positions, self.encoder_norm)
         # One document after the other on a CPU, which computes padding as slowly as text.
-        parts = [[n] for n in lengths] if self.device.type == "cpu" else [lengths]
+        parts = [[n] for n in lengths] if self.on_cpu else [lengths[part] for part in alike(lengths)]
         rows = [Rows(part, self.device) for part in parts]
         masks = [length_mask(part, x_PD) for part in parts]
         for layer in self.encoder_layers:
             attended_PD = self._attend_in_documents(layer.qkv(x_PD), rows, masks, [sum(part) for part in parts])
-            x_PD = layer.norm(layer.out(attended_PD).add_(x_PD))
+            x_PD = layer.norm.of_sum(layer.out(attended_PD), x_PD)
             del attended_PD  # nothing of it is held beside the widest product
             x_PD = layer.feed_forward(x_PD)
+        sources = [SourcePlaces(documents[run], None if self.on_cpu else self.device) for run in runs(documents)]
+        tokens = [sum(lengths[run]) for run in runs(documents)]
         for index, (_, cross) in enumerate(self.decoder_layers):
-            kv = cross.kv(x_PD).view(len(x_PD), 2, self.heads, -1).permute(1, 2, 0, 3)  # (2, H, P, E)
-            split = torch.split(kv[:, :, : sum(lengths)], lengths, dim=2)
-            for document, of_document in zip(documents, split, strict=True):
-                document.keep_source(index, of_document)
+            kv_P2HE = cross.kv(x_PD).view(len(x_PD), 2, self.heads, -1)
+            split = torch.split(kv_P2HE[: sum(lengths)], tokens)
+            for source, kv in zip(sources, split, strict=True):
+                source.keep(index, kv)
 
     def _attend_in_documents(
         self, qkv_P3D: Tensor, rows: Sequence[Rows], masks: Sequence[Tensor | None], counts: Sequence[int]
@@ -283,22 +321,14 @@ class Bart:
         x_RD = self._embed(tokens_R, self.decoder_embed, depths_R, self.decoder_positions, self.decoder_norm)
         for index, (layer, cross) in enumerate(self.decoder_layers):
             attended = attention.attend_to_nodes(index, layer.qkv(x_RD).view(len(x_RD), 3, self.heads, -1))
-            x_RD = layer.norm(layer.out(attended.flatten(1)).add_(x_RD))
+            x_RD = layer.norm.of_sum(layer.out(attended.flatten(1)), x_RD)
             attended = attention.attend_to_source(index, cross.q(x_RD).view(len(x_RD), self.heads, -1))
-            x_RD = cross.norm(cross.out(attended.flatten(1)).add_(x_RD))
+            x_RD = cross.norm.of_sum(cross.out(attended.flatten(1)), x_RD)
             del attended
             x_RD = layer.feed_forward(x_RD)
         return x_RD
 
-    def next_logits(
-        self, documents: Sequence[DocumentCache], tokens_R: Tensor, depths_R: Tensor, visible: Sequence[Tensor | None]
-    ) -> Tensor:
-        """(R, V) float32, what may follow each of the new nodes; the arguments are those of :meth:`extend`."""
-        if self.graphs is not None:
-            return self.graphs.next_logits(documents, tokens_R, depths_R, visible)
-        return self.logits(self.extend(documents, tokens_R, depths_R, visible))
-
     @torch.inference_mode()
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """(R, V) float32."""
-        return self.head(hidden_RD).float()
+        """(R, V), in the generator's dtype."""
+        return self._head(hidden_RD)[:, : self.vocab_size]

@@ -7,6 +7,7 @@ Shapes: N documents, R rows of all documents, K rows of one, C cached nodes, D m
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -16,23 +17,57 @@ from generator_svc.engine.backend import Task
 from generator_svc.engine.cache import DocumentCache
 from generator_svc.engine.decoder import Bart
 from generator_svc.engine.heads import document_log_probs, log_normalizer, marginalize
-from generator_svc.engine.search import RowSearch, Search
+from generator_svc.engine.search import Result, RowSearch, Search
 from generator_svc.engine.trie import Trie
 
 SCORED_ROWS = 1024  # nodes of tries in one pass: enough for the products to be fast, little enough to fit beside them
 # Rows of logits held at once while scoring: the products are fast from here on, and malloc uses such memory again,
 # where it maps more than 32 MiB anew each time (1024 rows: 441 ms, 546 with 256 rows at once).
 LOGITS_ROWS = 128
+# The same where a launch is what costs. Their logits take 200 MiB in bfloat16, the rows' states less.
+CUDA_SCORED_ROWS, CUDA_LOGITS_ROWS = 8192, 2048
 
 
-class BartDecoding:
+class BartDecoding(ABC):
     """A question on its way. RAG-Token: one search over all documents; RAG-Sequence: a problem a document."""
 
-    def __init__(self, task: Task, caches: list[DocumentCache], search: Search) -> None:
-        self.task, self.caches, self.search = task, caches, search
+    def __init__(self, task: Task, caches: Sequence[DocumentCache]) -> None:
+        self.task, self.caches = task, caches
+
+    @property
+    @abstractmethod
+    def finished(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def written(self) -> Tensor | None: ...
+
+    @abstractmethod
+    def results(self) -> list[list[Result]]:
+        """What its search has found, a problem at a time."""
+
+    def met(self) -> list[dict[tuple[int, ...], Tensor]]:
+        """For each document the results that its search has met, with log p(y_t | x, z, y_<t) of their tokens: (T,).
+
+        RAG-Token's search meets each result under every document, RAG-Sequence's those of its own document.
+        """
+        if self.task.strategy == "token":
+            [results] = self.results()
+            found = [(tuple(row.tolist()), (joint_TN - self.task.log_prior).unbind(1)) for row, joint_TN in results]
+            return [{row: log_probs[at] for row, log_probs in found} for at in range(len(self.caches))]
+        return [{tuple(row.tolist()): kept_T1[:, 0] for row, kept_T1 in results} for results in self.results()]
+
+
+class TreeDecoding(BartDecoding):
+    """A question whose trees grow as its own search says, beside any others."""
+
+    def __init__(self, task: Task, caches: Sequence[DocumentCache], search: Search, device: torch.device) -> None:
+        super().__init__(task, caches)
+        self.search = search
+        self._log_prior = task.log_prior.to(device)
         self.depth = 0
         # a problem: (K, C + K) bool, the nodes behind each of its rows, the row itself included
-        root = torch.ones(1, 1, dtype=torch.bool, device=task.log_prior.device)
+        root = torch.ones(1, 1, dtype=torch.bool, device=device)
         self._visible: list[Tensor] = [root for _ in search.rows]
         self._is_chain = [True for _ in search.rows]  # whether a problem has never had two rows at once
 
@@ -44,23 +79,8 @@ class BartDecoding:
     def written(self) -> Tensor | None:
         return self.search.single() if self.task.strategy == "token" else None
 
-    def met(self) -> list[dict[tuple[int, ...], Tensor]]:
-        """For each document the results that its search has met, with log p(y_t | x, z, y_<t) of their tokens: (T,).
-
-        RAG-Token's search meets each result under every document, RAG-Sequence's those of its own document.
-        """
-        rows, kept = self.search.sequences(), self.search.by_document()
-        if self.task.strategy == "token":
-            by_document = [
-                [(row, joint_TN[:, document] - log_prior) for row, joint_TN in zip(rows[0], kept[0], strict=True)]
-                for document, log_prior in enumerate(self.task.log_prior)
-            ]
-        else:
-            by_document = [
-                [(row, kept_T1[:, 0]) for row, kept_T1 in zip(*of_document, strict=True)]
-                for of_document in zip(rows, kept, strict=True)
-            ]
-        return [{tuple(row.tolist()): log_probs for row, log_probs in pairs} for pairs in by_document]
+    def results(self) -> list[list[Result]]:
+        return self.search.results()
 
     def live(self) -> list[tuple[DocumentCache, int]]:
         """Documents that still have rows, with the problem whose rows they run."""
@@ -79,7 +99,7 @@ class BartDecoding:
         """Takes the logits of this question's rows, documents one behind the other."""
         if self.task.strategy == "token":
             joint_NKV = logits_RV.view(len(self.caches), -1, logits_RV.shape[1])
-            log_probs = marginalize(joint_NKV, self.task.log_prior)
+            log_probs = marginalize(joint_NKV, self._log_prior)
             self.search.advance(log_probs, joint_NKV)
         else:
             log_probs = document_log_probs(logits_RV)
@@ -98,7 +118,7 @@ class BartDecoding:
 
 
 @torch.inference_mode()
-def step(bart: Bart, running: Sequence[BartDecoding]) -> None:
+def step(bart: Bart, running: Sequence[TreeDecoding]) -> None:
     """One token for every row of every question."""
     for group in {cache.group for decoding in running for cache in decoding.caches}:
         group.shrink()
@@ -113,7 +133,7 @@ def step(bart: Bart, running: Sequence[BartDecoding]) -> None:
             depths.append(torch.full_like(row_tokens, decoding.depth))
             count += len(row_tokens)
         counts.append(count)
-    logits_RV = bart.next_logits(caches, torch.cat(tokens), torch.cat(depths), visible)
+    logits_RV = bart.logits(bart.extend(caches, torch.cat(tokens), torch.cat(depths), visible)).float()
     for decoding, logits in zip(running, torch.split(logits_RV, counts), strict=True):
         decoding.advance(logits)
 
@@ -122,12 +142,13 @@ def step(bart: Bart, running: Sequence[BartDecoding]) -> None:
 def score(bart: Bart, caches: Sequence[DocumentCache], tries: Sequence[Trie]) -> list[Tensor]:
     """log p(edge token | document, path to the edge's node): for each document (X,) float32, the edges of its trie.
 
-    Documents of many questions go together; a trie may stand for several documents.
+    On the host. Documents of many questions go together; a trie may stand for several documents.
     """
     scores: list[Tensor] = []
+    scored_rows = SCORED_ROWS if bart.on_cpu else CUDA_SCORED_ROWS
     start = rows = 0
     for end, trie in enumerate(tries):
-        if rows and rows + len(trie.tokens) > SCORED_ROWS:
+        if rows and rows + len(trie.tokens) > scored_rows:
             scores += _score_together(bart, caches[start:end], tries[start:end])
             start, rows = end, 0
         rows += len(trie.tokens)
@@ -135,21 +156,23 @@ def score(bart: Bart, caches: Sequence[DocumentCache], tries: Sequence[Trie]) ->
 
 
 def _score_together(bart: Bart, caches: Sequence[DocumentCache], tries: Sequence[Trie]) -> list[Tensor]:
-    hidden_RD = bart.extend(
-        caches,
-        torch.cat([trie.tokens for trie in tries]),
-        torch.cat([trie.depths for trie in tries]),
-        [trie.visible for trie in tries],
-        kept=False,
-    )
+    inputs = torch.stack([torch.cat([trie.tokens for trie in tries]), torch.cat([trie.depths for trie in tries])])
+    tokens_R, depths_R = inputs.to(bart.device)
+    hidden_RD = bart.extend(caches, tokens_R, depths_R, [trie.visible for trie in tries], kept=False)
     starts = itertools.accumulate([len(trie.tokens) for trie in tries], initial=0)
     edge_rows = torch.cat([trie.edge_nodes + start for trie, start in zip(tries, starts, strict=False)])
     edge_tokens = torch.cat([trie.edge_tokens for trie in tries])
-    scores = torch.empty(len(edge_rows), device=hidden_RD.device)
-    for start in range(0, len(hidden_RD), LOGITS_ROWS):
-        logits_RV = bart.logits(hidden_RD[start : start + LOGITS_ROWS])
-        here = ((edge_rows >= start) & (edge_rows < start + LOGITS_ROWS)).nonzero().flatten()
-        rows = edge_rows[here] - start
-        chosen = logits_RV[rows, edge_tokens[here]]
-        scores[here] = chosen - log_normalizer(logits_RV)[rows]
+    in_order = edge_rows.argsort()
+    rows_X, tokens_X = torch.stack([edge_rows[in_order], edge_tokens[in_order]]).to(bart.device)
+    together = LOGITS_ROWS if bart.on_cpu else CUDA_LOGITS_ROWS
+    borders = range(0, len(hidden_RD) + together, together)
+    bounds = torch.searchsorted(edge_rows[in_order], torch.tensor(borders)).tolist()
+    found = []
+    for start, (first, last) in zip(borders, itertools.pairwise(bounds), strict=False):
+        logits_RV = bart.logits(hidden_RD[start : start + together])
+        rows, tokens = rows_X[first:last] - start, tokens_X[first:last]
+        chosen = logits_RV[rows, tokens].float()
+        found.append(chosen - log_normalizer(logits_RV)[rows])
+    scores = torch.empty(len(edge_rows))
+    scores[in_order] = torch.cat(found).cpu()
     return list(torch.split(scores, [len(trie.edge_tokens) for trie in tries]))

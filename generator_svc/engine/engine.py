@@ -73,6 +73,7 @@ class RagEngine:
         Raises:
             InvalidRequest: shapes that do not agree, or an option that this head or checkpoint cannot honour.
         """
+        doc_scores = doc_scores.cpu()
         contexts = self._contexts(context_input_ids, context_attention_mask, doc_scores, n_docs)
         allowed = options.pop("prefix_allowed_tokens_fn", None)
         tasks = []
@@ -101,13 +102,14 @@ class RagEngine:
 
         The other arguments and the errors are those of :meth:`generate`.
         """
+        doc_scores = doc_scores.cpu()
         contexts = self._contexts(context_input_ids, context_attention_mask, doc_scores, n_docs)
         if question is None:
             per_question, rest = divmod(len(sequences), len(contexts))
             if rest:
                 raise InvalidRequest("the number of sequences is no multiple of the number of questions")
             question = torch.arange(len(contexts)).repeat_interleave(per_question)
-        answers = [sequences[question == index] for index in range(len(contexts))]
+        answers = [sequences.cpu()[question.cpu() == index] for index in range(len(contexts))]
         return self._joined(self.score_each(contexts, list(doc_scores), answers, strategy))
 
     def task(
@@ -157,10 +159,9 @@ class RagEngine:
             raise InvalidRequest("decoding has an effect only with strategy 'sequence'", param="decoding")
         if deduplicate is False and chosen != "sequence":
             raise InvalidRequest("deduplicate has an effect only with strategy 'sequence'", param="deduplicate")
-        device = self.checkpoint.device
         return Task(
-            contexts=[context.to(device) for context in contexts],
-            log_prior=_log_prior(doc_scores, device),
+            contexts=[context.cpu() for context in contexts],
+            log_prior=_log_prior(doc_scores),
             strategy=chosen,
             config=config,
             deduplicate=self.checkpoint.config.do_deduplication if deduplicate is None else deduplicate,
@@ -183,14 +184,15 @@ class RagEngine:
 
     @torch.inference_mode()
     def begin(self, tasks: Sequence[Task]) -> list[Decoding]:
-        """Encodes the documents of all questions together; each question then goes on by itself."""
-        nodes = max((task.nodes for task in tasks), default=0)
-        encoded = iter(self._backend.encode([context for task in tasks for context in task.contexts], nodes))
-        return [self._backend.begin(task, [next(encoded) for _ in task.contexts]) for task in tasks]
+        """Encodes the documents of all questions together."""
+        return list(self._backend.begin(tasks))
 
     @torch.inference_mode()
     def step(self, running: Sequence[Decoding]) -> None:
-        """One token for every row of every question, whatever their options. None may be finished."""
+        """One token for every row of every question, whatever their options. None may be finished.
+
+        Questions that began together are moved on together: a step of one of them is a step of all.
+        """
         self._backend.step(running)
 
     @torch.inference_mode()
@@ -217,23 +219,22 @@ class RagEngine:
         strategy: Strategy | None = None,
     ) -> list[Evidence]:
         """As :meth:`score`, a question at a time: documents N of (S,), scores (N,), answers (C, 1 + T)."""
-        chosen, device = self.checkpoint.strategy(strategy), self.checkpoint.device
+        chosen = self.checkpoint.strategy(strategy)
         eos, forced_bos = self.checkpoint.eos_token_ids, self.checkpoint.forced_bos_token_id
         for documents, rows in zip(contexts, sequences, strict=True):
             self._check_contexts(documents)
             self._check_answers(rows)
-        encoded = iter(self._backend.encode([row.to(device) for documents in contexts for row in documents], nodes=0))
+        encoded = iter(self._backend.encode([row.cpu() for documents in contexts for row in documents]))
         by_question = [[next(encoded) for _ in documents] for documents in contexts]
-        answers = [[without_padding(row, eos, self._pad) for row in rows.to(device)] for rows in sequences]
+        answers = [[without_padding(row, eos, self._pad) for row in rows.cpu()] for rows in sequences]
         scored = self._backend.score(by_question, answers)
         return [
-            evidence_of(
-                Answers(padded(rows, self._pad), log_probs), _log_prior(scores, device), chosen, eos, forced_bos
-            )
+            evidence_of(Answers(padded(rows, self._pad), log_probs), _log_prior(scores), chosen, eos, forced_bos)
             for rows, log_probs, scores in zip(answers, scored, doc_scores, strict=True)
         ]
 
     def _contexts(self, input_ids: Tensor, mask: Tensor, doc_scores: Tensor, n_docs: int | None) -> list[list[Tensor]]:
+        input_ids, mask = input_ids.cpu(), mask.cpu()
         if n_docs is not None and n_docs != doc_scores.shape[1]:
             raise InvalidRequest(f"doc_scores has {doc_scores.shape[1]} documents, n_docs is {n_docs}", param="n_docs")
         if input_ids.shape != mask.shape or len(input_ids) != doc_scores.numel():
@@ -274,13 +275,13 @@ class RagEngine:
         counts = torch.tensor([len(found.sequences) for found in evidence])
         return Generated(
             sequences=padded([row for found in evidence for row in found.sequences], self._pad),
-            question=torch.arange(len(evidence)).repeat_interleave(counts).to(self.checkpoint.device),
+            question=torch.arange(len(evidence)).repeat_interleave(counts),
             log_probs=torch.cat([found.log_probs for found in evidence]),
             doc_posterior=torch.cat([found.doc_posterior for found in evidence]),
             evidence=evidence,
         )
 
 
-def _log_prior(doc_scores: Tensor, device: torch.device) -> Tensor:
-    """log p(z|x), (N,) float32."""
-    return doc_scores.to(device, torch.float32).log_softmax(0)
+def _log_prior(doc_scores: Tensor) -> Tensor:
+    """log p(z|x), (N,) float32, on the host."""
+    return doc_scores.to("cpu", torch.float32).log_softmax(0)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from generator_svc.engine import kernels
+
 
 def marginalize(logits_NKV: Tensor, log_prior_N: Tensor) -> Tensor:
     """RAG-Token: log Σ_z p(z|x) p(y_t | x, z, y_<t), (K, V) float32. Leaves the terms of the sum in its argument.
@@ -19,7 +21,10 @@ def marginalize(logits_NKV: Tensor, log_prior_N: Tensor) -> Tensor:
 
 
 def log_normalizer(logits_RV: Tensor) -> Tensor:
-    """``logits_RV.logsumexp(-1)``, (R,), without a second tensor of that size: it takes its argument's place."""
+    """``logits_RV.logsumexp(-1)``, (R,) float32, without a second tensor of that size: it may take its place."""
+    if logits_RV.is_cuda:
+        return kernels.log_normalizer(logits_RV)
+    logits_RV = logits_RV.float()
     largest_R1 = logits_RV.amax(-1, keepdim=True)
     return logits_RV.sub_(largest_R1).exp_().sum(-1).log_() + largest_R1[:, 0]
 

@@ -5,16 +5,28 @@ must run next, until none is left. RAG-Token is one problem a question; RAG-Sequ
 ties included, are those of transformers 5 (``generation/utils.py``: ``_sample``, ``_beam_search``), whose logits
 processors and stopping criteria are used as they are. A problem that is finished costs nothing more.
 
-Shapes: G problems, K rows (beams, or samples) of a problem, R rows of all problems that go on, V vocabulary, T tokens.
+``choose`` is the search itself, over tensors alone: nothing is read back and no shape depends on what they hold, so
+that it can be captured (:mod:`generator_svc.engine.lanes`). ``advance`` reads who is finished and lets it go.
+
+Shapes: G problems, K rows (beams, or samples) of a problem, R rows of all problems that go on, V vocabulary, T tokens,
+N documents whose share in each token is kept.
 """
 
-from typing import Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Protocol, cast
 
 import torch
 from torch import FloatTensor, LongTensor, Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 REJECTED = -1.0e9  # transformers' score of what must not be chosen
+
+Shares = Callable[[Tensor, Tensor], Tensor]
+"""(rows, tokens) of one shape → (N, …): what each document had to do with these tokens, before any rule."""
+
+
+Result = tuple[Tensor, Tensor]
+"""(T,) tokens, the decoder start token first, no padding; and (T - 1, N), what was kept of them. On the host."""
 
 
 class Search(Protocol):
@@ -34,15 +46,14 @@ class Search(Protocol):
     def single(self) -> Tensor | None:
         """(T,) the only row there is, as far as it goes; None where rows compete."""
 
-    def sequences(self) -> list[list[Tensor]]:
-        """For each problem its results, best first: (T,) each, the decoder start token first, no padding."""
-
-    def by_document(self) -> list[list[Tensor]]:
-        """Beside each of ``sequences`` what was kept of its tokens: (T - 1, N)."""
+    def results(self) -> list[list[Result]]:
+        """For each problem what it has found, best first."""
 
 
 class RowSearch:
     """Greedy search, or multinomial sampling where there is a sampler. Every row is on its own."""
+
+    STATE: ClassVar[Sequence[str]] = ("history", "kept", "lengths")
 
     def __init__(
         self,
@@ -54,25 +65,46 @@ class RowSearch:
         processors: LogitsProcessorList,
         stopping: StoppingCriteriaList,
         sampler: torch.Generator | None,
+        max_length: int,
+        documents: int,
         device: torch.device,
     ) -> None:
-        self._problems, self._samples, self._pad = problems, samples, pad
-        self._processors, self._stopping, self._sampler = processors, stopping, sampler
-        self._history = torch.full((problems * samples, 1), start, device=device)
+        self._problems, self._samples = problems, samples
+        self.processors, self._stopping, self._sampler = processors, stopping, sampler
+        self.length = 1
+        self.history = torch.full((problems * samples, max_length), pad, device=device)
+        self.history[:, 0] = start
+        self.kept = torch.zeros(problems * samples, max_length - 1, documents, device=device)
         self._open = torch.arange(problems * samples, device=device)
-        self._lengths = torch.ones_like(self._open)
-        self._kept: list[Tensor] = []  # a step: (rows, N)
+        self.lengths = torch.ones_like(self._open)
         self.rows = [1] * problems
         self.tokens = torch.full((problems,), start, device=device)
         self.parents = torch.zeros(problems, dtype=torch.int64, device=device)
 
     def advance(self, log_probs_RV: Tensor, by_document_NRV: Tensor) -> None:
-        if self._history.shape[1] == 1:
+        is_first_step = self.length == 1
+        going = self.choose(log_probs_RV, lambda rows, tokens: by_document_NRV[:, rows, tokens])
+        positions = torch.arange(len(going), device=going.device)
+        before = self._open // self._samples
+        self._open = self._open[going]
+        after = self._open // self._samples
+        first_row = torch.searchsorted(before, after)  # where the problem's rows of this step began
+        self.parents = torch.zeros_like(after) if is_first_step else positions[going] - first_row
+        self.tokens = self.tokens[going]
+        self.rows = torch.bincount(after, minlength=self._problems).tolist()
+
+    def choose(self, log_probs_RV: Tensor, shares: Shares) -> Tensor:
+        """(R,) which of the rows go on; ``tokens`` are then those of all of them."""
+        length, rows = self.length, self._open
+        if length == 1:
             log_probs_RV = log_probs_RV.repeat_interleave(self._samples, 0)
-        history = self._history[self._open]
-        scores = self._processors(cast("LongTensor", history), cast("FloatTensor", log_probs_RV))
+            rows = rows // self._samples  # all samples of a problem come of one row
+        else:
+            rows = torch.arange(len(rows), device=rows.device)
+        history = self.history[self._open]
+        scores = self.processors(cast("LongTensor", history[:, :length]), cast("FloatTensor", log_probs_RV))
         if self._sampler is None:
-            chosen = scores.argmax(-1)
+            self.tokens = scores.argmax(-1)
         else:
             probabilities = scores.softmax(-1)
             # Where the rules leave a row no token, multinomial would raise, and end all questions of this step.
@@ -80,47 +112,32 @@ class RowSearch:
             if impossible.any():
                 probabilities[impossible] = 0.0
                 probabilities[impossible, scores.argmax(-1)[impossible]] = 1.0
-            chosen = torch.multinomial(probabilities, 1, generator=self._sampler)[:, 0]
-        self._keep(chosen, by_document_NRV)
-        column = self._history.new_full((len(self._history), 1), self._pad)
-        column[self._open, 0] = chosen
-        self._lengths[self._open] += 1
-        self._history = torch.cat([self._history, column], 1)
-        going = ~self._stopping(self._history[self._open], None)
-        positions = torch.arange(len(going), device=going.device)
-        before = self._open // self._samples
-        self._open = self._open[going]
-        after = self._open // self._samples
-        first_row = torch.searchsorted(before, after)  # where the problem's rows of this step began
-        is_first_step = self._history.shape[1] == 2
-        self.parents = torch.zeros_like(after) if is_first_step else positions[going] - first_row
-        self.tokens = chosen[going]
-        self.rows = torch.bincount(after, minlength=self._problems).tolist()
-
-    def _keep(self, chosen: Tensor, by_document_NRV: Tensor) -> None:
-        rows = torch.arange(len(chosen), device=chosen.device)
-        if not self._kept:
-            rows //= self._samples  # all samples of a problem come of one row
-        kept = by_document_NRV.new_zeros(len(self._history), len(by_document_NRV))
-        kept[self._open] = by_document_NRV[:, rows, chosen].T
-        self._kept.append(kept)
+            self.tokens = torch.multinomial(probabilities, 1, generator=self._sampler)[:, 0]
+        history[:, length] = self.tokens
+        self.history = self.history.index_copy(0, self._open, history)
+        kept = self.kept[self._open]
+        kept[:, length - 1] = shares(rows, self.tokens).T
+        self.kept = self.kept.index_copy(0, self._open, kept)
+        self.lengths = self.lengths.index_fill(0, self._open, length + 1)
+        self.length = length + 1
+        stops: Tensor = self._stopping(cast("LongTensor", history[:, : length + 1]), cast("FloatTensor", None))
+        return ~stops
 
     def single(self) -> Tensor | None:
-        return self._history[0] if len(self._history) == 1 else None
+        return self.history[0, : self.length] if len(self.history) == 1 else None
 
-    def sequences(self) -> list[list[Tensor]]:
-        return self._by_problem(self._history, self._lengths)
-
-    def by_document(self) -> list[list[Tensor]]:
-        return self._by_problem(torch.stack(self._kept, 1), self._lengths - 1)
-
-    def _by_problem(self, values: Tensor, lengths: Tensor) -> list[list[Tensor]]:
-        rows = [row[:length] for row, length in zip(values, lengths.tolist(), strict=True)]
+    def results(self) -> list[list[Result]]:
+        values = zip(self.history.cpu(), self.kept.cpu(), self.lengths.tolist(), strict=True)
+        rows = [(row[:length], kept[: length - 1]) for row, kept, length in values]
         return [rows[at : at + self._samples] for at in range(0, len(rows), self._samples)]
 
 
 class BeamSearch:
     """Beam search as transformers does it: 2K candidates a step; finished ones are kept aside, with length penalty."""
+
+    STATE: ClassVar[Sequence[str]] = (
+        "open", "open_kept", "open_scores", "done", "done_kept", "done_scores", "done_lengths", "is_done",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -136,121 +153,127 @@ class BeamSearch:
         eos_tokens: int,
         length_penalty: float,
         early_stopping: bool | str,
+        documents: int,
         device: torch.device,
     ) -> None:
         self._beams, self._returned, self._max_length = beams, returned, max_length
         self._length_penalty, self._early_stopping = length_penalty, early_stopping
-        self._processors, self._stopping = processors, stopping
+        self.processors, self._stopping = processors, stopping
         self._candidates = max(2, 1 + eos_tokens) * beams
-        self._length = 1
+        self.length = 1
         shape = (problems, beams)
-        self._open = torch.full((*shape, max_length), pad, device=device)
-        self._open[:, :, 0] = start
-        self._open_scores = torch.full(shape, REJECTED, device=device)
-        self._open_scores[:, 0] = 0.0  # the beams are equal at first: only one may be continued
-        self._done = self._open.clone()
-        self._done_scores = torch.full(shape, REJECTED, device=device)
-        self._done_lengths = torch.ones(shape, dtype=torch.int64, device=device)
-        self._is_done = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.open = torch.full((*shape, max_length), pad, device=device)
+        self.open[:, :, 0] = start
+        self.open_scores = torch.full(shape, REJECTED, device=device)
+        self.open_scores[:, 0] = 0.0  # the beams are equal at first: only one may be continued
+        self.done = self.open.clone()
+        self.done_scores = torch.full(shape, REJECTED, device=device)
+        self.done_lengths = torch.ones(shape, dtype=torch.int64, device=device)
+        self.is_done = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.open_kept = torch.zeros(*shape, max_length - 1, documents, device=device)
+        self.done_kept = torch.zeros_like(self.open_kept)
         self._going = torch.arange(problems, device=device)  # problems of which the tensors above hold state
-        self._results: list[list[Tensor]] = [[]] * problems
-        # beside _open and _done: (G, K, max_length, N)
-        self._open_kept = self._done_kept = torch.empty(0, device=device)
-        self._results_kept: list[list[Tensor]] = [[]] * problems
+        self._results: list[list[Result]] = [[]] * problems
         self.rows = [1] * problems
         self.tokens = torch.full((problems,), start, device=device)
         self.parents = torch.zeros(problems, dtype=torch.int64, device=device)
 
     def advance(self, log_probs_RV: Tensor, by_document_NRV: Tensor) -> None:
-        beams, length, vocabulary = self._beams, self._length, log_probs_RV.shape[1]
+        going = self.choose(log_probs_RV, lambda rows, tokens: by_document_NRV[:, rows, tokens])
+        self._retire(going)
+        self.parents, self.tokens = self.parents[going].flatten(), self.tokens[going].flatten()
+
+    def choose(self, log_probs_RV: Tensor, shares: Shares) -> Tensor:
+        """(G,) which of the problems go on; ``tokens`` and ``parents``, (G, K), are then those of all of them."""
+        beams, length, vocabulary = self._beams, self.length, log_probs_RV.shape[1]
         if length == 1:
             log_probs_RV = log_probs_RV.repeat_interleave(beams, 0)
-        history = self._open[:, :, :length].reshape(-1, length)
-        scores = self._processors(cast("LongTensor", history), cast("FloatTensor", log_probs_RV)).view(
+        history = self.open[:, :, :length].reshape(-1, length)
+        scores = self.processors(cast("LongTensor", history), cast("FloatTensor", log_probs_RV)).view(
             -1, beams, vocabulary
         )
-        scores = scores + self._open_scores[:, :, None]
+        scores = scores + self.open_scores[:, :, None]
         top_scores, top = scores.flatten(1).topk(self._candidates)
-        parents = top // vocabulary
-        candidates = _take(self._open, parents)
-        candidates[:, :, length] = top % vocabulary
-        candidates_kept = self._kept_of(parents, top % vocabulary, by_document_NRV)
-        stops = self._stopping(candidates[:, :, : length + 1].flatten(0, 1), None).view(top.shape)
-
-        self._open_scores, kept = (top_scores + stops.float() * REJECTED).topk(beams)
-        self._open, self._open_kept = _take(candidates, kept), _take(candidates_kept, kept)
-        self._keep_done(candidates, candidates_kept, top_scores, stops)
-        self._length = length + 1
-        going = self._improvable() & ~stops.all(-1)
-        if self._early_stopping is True:
-            going &= ~self._is_done.all(-1)
-        self._retire(going)
-        self.parents = (parents.gather(1, kept) if length > 1 else torch.zeros_like(kept))[going].flatten()
-        self.tokens = self._open[:, :, length].flatten()
-
-    def _kept_of(self, parents: Tensor, tokens: Tensor, by_document_NRV: Tensor) -> Tensor:
-        """What is kept of the candidates: (G, candidates, max_length, N)."""
-        if self._length == 1:
-            self._open_kept = by_document_NRV.new_zeros(*self._open.shape, len(by_document_NRV))
-            self._done_kept = self._open_kept
+        parents, tokens = top // vocabulary, top % vocabulary
+        candidates = _take(self.open, parents)
+        candidates[:, :, length] = tokens
+        candidates_kept = _take(self.open_kept, parents)
         problems = torch.arange(len(parents), device=parents.device)[:, None]
-        rows = problems.expand_as(parents) if self._length == 1 else problems * self._beams + parents
-        kept = _take(self._open_kept, parents)
-        kept[:, :, self._length - 1] = by_document_NRV[:, rows, tokens].movedim(0, -1)
-        return kept
+        rows = problems.expand_as(parents) if length == 1 else problems * beams + parents
+        candidates_kept[:, :, length - 1] = shares(rows, tokens).movedim(0, -1)
+        stops = self._stopping(
+            cast("LongTensor", candidates[:, :, : length + 1].flatten(0, 1)), cast("FloatTensor", None)
+        ).view(top.shape)
+
+        self.open_scores, kept = (top_scores + stops.float() * REJECTED).topk(beams)
+        self.open, self.open_kept = _take(candidates, kept), _take(candidates_kept, kept)
+        self._keep_done(candidates, candidates_kept, top_scores, stops)
+        self.length = length + 1
+        self.parents = parents.gather(1, kept) if length > 1 else torch.zeros_like(kept)
+        self.tokens = self.open[:, :, length]
+        going: Tensor = self._improvable() & ~stops.all(-1)
+        if self._early_stopping is True:
+            going &= ~self.is_done.all(-1)
+        return going
 
     def _keep_done(self, candidates: Tensor, candidates_kept: Tensor, top_scores: Tensor, stops: Tensor) -> None:
         just_done = stops.clone()
         just_done[:, self._beams :] = False  # the second half only stands by, so that K beams can go on
-        scores = top_scores / (self._length**self._length_penalty)
+        scores = top_scores / (self.length**self._length_penalty)
         scores = scores + (~just_done).float() * REJECTED
-        lengths = torch.full_like(self._done_lengths[:, :1], self._length + 1).expand_as(just_done)
-        self._done_scores, best = torch.cat([self._done_scores, scores], 1).topk(self._beams)
-        self._done = _take(torch.cat([self._done, candidates], 1), best)
-        self._done_kept = _take(torch.cat([self._done_kept, candidates_kept], 1), best)
-        self._done_lengths = torch.cat([self._done_lengths, lengths], 1).gather(1, best)
-        self._is_done = torch.cat([self._is_done, just_done], 1).gather(1, best)
+        lengths = torch.full_like(self.done_lengths[:, :1], self.length + 1).expand_as(just_done)
+        self.done_scores, best = torch.cat([self.done_scores, scores], 1).topk(self._beams)
+        self.done = _take(torch.cat([self.done, candidates], 1), best)
+        self.done_kept = _take(torch.cat([self.done_kept, candidates_kept], 1), best)
+        self.done_lengths = torch.cat([self.done_lengths, lengths], 1).gather(1, best)
+        self.is_done = torch.cat([self.is_done, just_done], 1).gather(1, best)
 
     def _improvable(self) -> Tensor:
         """(G,) whether an open beam may still beat the worst of the finished ones: transformers' heuristic."""
         if self._early_stopping == "never" and self._length_penalty > 0:
             best_length = self._max_length - 1
         else:
-            best_length = self._length - 1
-        best_open: Tensor = self._open_scores[:, :1] / (best_length**self._length_penalty)
-        worst_done = torch.where(self._is_done, self._done_scores.min(1, keepdim=True).values, REJECTED)
+            best_length = self.length - 1
+        best_open: Tensor = self.open_scores[:, :1] / (best_length**self._length_penalty)
+        worst_done = torch.where(self.is_done, self.done_scores.min(1, keepdim=True).values, REJECTED)
         better: Tensor = best_open > worst_done
         return better.any(-1)
 
     def _retire(self, going: Tensor) -> None:
-        """Puts the results of finished problems aside and forgets their state.
-
-        Rows that no hypothesis has taken, since the rules allow too few, are left out; transformers returns them: a
-        start token and padding.
-        """
-        for at in (~going).nonzero().flatten().tolist():
-            taken = int((self._done_scores[at, : self._returned] > REJECTED).sum())
-            lengths = self._done_lengths[at, :taken].tolist()
-            problem = int(self._going[at])
-            self._results[problem] = [row[:n] for row, n in zip(self._done[at], lengths, strict=False)]
-            self._results_kept[problem] = [row[: n - 1] for row, n in zip(self._done_kept[at], lengths, strict=False)]
+        """Puts the results of finished problems aside and forgets their state."""
         if not going.all():
+            finished = (~going).nonzero().flatten()
+            for problem, found in zip(self._going[finished].tolist(), self._results_of(finished), strict=True):
+                self._results[problem] = found
             self._going = self._going[going]
-            of_problems = ("_open", "_open_kept", "_open_scores", "_done", "_done_kept", "_done_scores")
-            for name in (*of_problems, "_done_lengths", "_is_done"):
+            for name in self.STATE:
                 setattr(self, name, getattr(self, name)[going])
         self.rows = [0] * len(self._results)
         for problem in self._going.tolist():
             self.rows[problem] = self._beams
 
+    def results(self) -> list[list[Result]]:
+        found = list(self._results)
+        for problem, so_far in zip(self._going.tolist(), self._results_of(slice(None)), strict=True):
+            found[problem] = so_far
+        return found
+
+    def _results_of(self, problems: Tensor | slice) -> list[list[Result]]:
+        """Of problems that still have state here.
+
+        Rows that no hypothesis has taken, since the rules allow too few, are left out; transformers returns them: a
+        start token and padding.
+        """
+        done, kept = self.done[problems].cpu(), self.done_kept[problems].cpu()
+        taken = (self.done_scores[problems, : self._returned] > REJECTED).sum(1).tolist()
+        lengths = self.done_lengths[problems].tolist()
+        return [
+            [(done[at, i, :n], kept[at, i, : n - 1]) for i, n in enumerate(of_problem[:count])]
+            for at, (count, of_problem) in enumerate(zip(taken, lengths, strict=True))
+        ]
+
     def single(self) -> Tensor | None:
         return None
-
-    def sequences(self) -> list[list[Tensor]]:
-        return self._results
-
-    def by_document(self) -> list[list[Tensor]]:
-        return self._results_kept
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:

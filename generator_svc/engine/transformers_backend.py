@@ -19,6 +19,7 @@ start token, V vocabulary.
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class WholeDecoding:
 
 
 class TransformersBackend:
-    """A document is encoded as the encoder's states, (S, D)."""
+    """A document is encoded as the encoder's states, (S, D), which stay on the device."""
 
     def __init__(self, model: RagTokenForGeneration) -> None:
         self._model = model
@@ -65,22 +66,23 @@ class TransformersBackend:
     def together(self, tasks: Sequence[Task]) -> list[slice]:
         return [slice(0, len(tasks))]
 
-    def encode(self, contexts: Sequence[Tensor], nodes: int) -> list[Tensor]:  # noqa: ARG002  states have no tree
+    def encode(self, contexts: Sequence[Tensor]) -> list[Tensor]:
         ids, mask = self._padded_ids(contexts)
         states: Tensor = self._model.generator.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         return [row[: len(context)] for row, context in zip(states, contexts, strict=True)]
 
-    def begin(self, task: Task, encoded: Sequence[Tensor]) -> WholeDecoding:
-        if task.fast:
+    def begin(self, tasks: Sequence[Task]) -> list[WholeDecoding]:
+        if any(task.fast for task in tasks):
             raise InvalidRequest("fast decoding needs a BART generator", param="decoding")
-        return WholeDecoding(task, encoded)
+        encoded = iter(self.encode([context for task in tasks for context in task.contexts]))
+        return [WholeDecoding(task, list(islice(encoded, len(task.contexts)))) for task in tasks]
 
     def step(self, running: Sequence[WholeDecoding]) -> None:
         for decoding in running:
             task = decoding.task
-            with _seeded(task.seed if task.config.do_sample else None, task.log_prior.device):
+            with _seeded(task.seed if task.config.do_sample else None, self._model.device):
                 found = self._token(task) if task.strategy == "token" else self._candidates(task, decoding.states)
-            rows = [without_padding(row, task.eos_token_ids, self._pad) for row in found]
+            rows = [without_padding(row, task.eos_token_ids, self._pad) for row in found.cpu()]
             ranked = task.strategy == "sequence"
             decoding.rows = unique_rows(rows) if ranked and task.deduplicate else rows
 
@@ -104,7 +106,7 @@ class TransformersBackend:
     def _token(self, task: Task) -> Tensor:
         """RAG-Token: at each step the documents' next-token distributions are mixed by p(z|x), then searched."""
         ids, mask = self._padded_ids(task.contexts)
-        config, scores = copy.copy(task.config), task.log_prior[None]
+        config, scores = copy.copy(task.config), task.log_prior[None].to(ids.device)
         if config.do_sample and config.num_beams == 1:
             times, config.num_return_sequences = config.num_return_sequences, 1
             ids, mask, scores = ids.repeat(times, 1), mask.repeat(times, 1), scores.repeat(times, 1)
@@ -146,7 +148,7 @@ class TransformersBackend:
 
     def _score(self, states: Sequence[Tensor], answers: Sequence[Tensor]) -> Tensor:
         """log p(y_t | x, z, y_<t), (C, N, T) float32; a few candidates at a time, so that logits stay small."""
-        sequences = padded(answers, self._pad)
+        sequences = padded(answers, self._pad).to(self._model.device)
         labels_CT = sequences[:, 1:]
         n_docs, n_tokens = len(states), labels_CT.shape[1]
         states_NSD = self._padded_states(states)
@@ -165,10 +167,11 @@ class TransformersBackend:
             chosen_RT = logits_RTV.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
             parts.append((chosen_RT - logits_RTV.logsumexp(dim=-1)).view(-1, n_docs, n_tokens))
         within_CT = padded([torch.ones_like(row[1:], dtype=torch.bool) for row in answers], 0)
-        return torch.cat(parts).masked_fill(~within_CT.unsqueeze(1), 0.0)
+        return torch.cat(parts).cpu().masked_fill(~within_CT.unsqueeze(1), 0.0)
 
     def _padded_ids(self, contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return padded(list(contexts), self._pad), padded([torch.ones_like(context) for context in contexts], 0)
+        ids, mask = padded(list(contexts), self._pad), padded([torch.ones_like(context) for context in contexts], 0)
+        return ids.to(self._model.device), mask.to(self._model.device)
 
     @staticmethod
     def _padded_states(states: Sequence[Tensor]) -> Tensor:

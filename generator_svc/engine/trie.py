@@ -1,4 +1,4 @@
-"""Candidates as a prefix trie, so that the decoder runs every distinct prefix once.
+"""Candidates as a prefix trie, on the host, so that the decoder runs every distinct prefix once.
 
 Shapes: M nodes, C candidates, X edges.
 """
@@ -6,6 +6,7 @@ Shapes: M nodes, C candidates, X edges.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ class Trie:
     paths: list[list[int]]  # the edges of each candidate, in order
 
     @classmethod
-    def of(cls, candidates: Sequence[Sequence[int]], device: torch.device) -> "Trie":
+    def of(cls, candidates: Sequence[Sequence[int]]) -> "Trie":
         """``candidates``: token ids, decoder start token first, no padding, at least two tokens each."""
         tokens, depths, parents = [candidates[0][0]], [0], [-1]
         nodes: dict[tuple[int, int], int] = {}  # (parent node, token) -> node
@@ -41,21 +42,20 @@ class Trie:
                     parents.append(node)
                 node = nodes[node, token]
             paths.append(path)
-        visible = torch.eye(len(tokens), dtype=torch.bool)
-        for node, parent in enumerate(parents):
-            if parent >= 0:
-                visible[node] |= visible[parent]
+        visible = np.eye(len(tokens), dtype=np.bool_)
+        for node, parent in enumerate(parents[1:], start=1):
+            visible[node] |= visible[parent]
         edge_nodes, edge_tokens = zip(*edges, strict=True)
         return cls(
-            tokens=torch.tensor(tokens, device=device),
-            depths=torch.tensor(depths, device=device),
-            visible=visible.to(device),
-            edge_nodes=torch.tensor(edge_nodes, device=device),
-            edge_tokens=torch.tensor(edge_tokens, device=device),
+            tokens=torch.tensor(tokens),
+            depths=torch.tensor(depths),
+            visible=torch.from_numpy(visible),
+            edge_nodes=torch.tensor(edge_nodes),
+            edge_tokens=torch.tensor(edge_tokens),
             paths=paths,
         )
 
     def along_paths(self, edges_X: Tensor) -> tuple[Tensor, ...]:
         """What the edges hold, for each candidate token by token: (T,)"""
-        edges = torch.tensor([edge for path in self.paths for edge in path], device=edges_X.device)
+        edges = torch.tensor([edge for path in self.paths for edge in path])
         return torch.split(edges_X[edges], [len(path) for path in self.paths])

@@ -13,8 +13,6 @@ from torch import Tensor
 from generator_svc.app import create_app
 from generator_svc.checkpoint import load_checkpoint
 from generator_svc.engine import RagEngine
-from generator_svc.engine.decoder import Bart
-from generator_svc.engine.graphs import StaticGroups
 from generator_svc.question_encoder import QuestionEncoder
 from generator_svc.settings import GeneratorSettings
 from tests.serving import served
@@ -30,6 +28,11 @@ DEVICE = "cuda"
 PAD = 1
 QUESTIONS = ["How many people live in Paris?", "who discovered oxygen", "Where is Reykjavík?"]
 OPTIONS: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}]
+RULES: list[dict[str, Any]] = [
+    {"do_sample": True, "seed": 4, "num_return_sequences": 3},  # takes the ordinary way
+    {"num_beams": 3, "no_repeat_ngram_size": 2},  # a rule that cannot be captured
+    {"num_beams": 4, "early_stopping": True, "repetition_penalty": 1.3, "min_new_tokens": 4},
+]
 # Largest difference to float32 on random tiny models: of log p(y|x) a token, and of a document's posterior. Measured:
 # bfloat16 0.024 and 0.063, float16 0.005 and 0.006.
 TOLERANCES = {"bfloat16": (0.06, 0.15), "float16": (0.015, 0.02)}
@@ -40,8 +43,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
-def contexts(n_questions: int = 8, n_docs: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def contexts(n_questions: int = 8, n_docs: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     rows, longest = n_questions * n_docs, 30
     ids = torch.randint(5, 300, (rows, longest), generator=generator)
     mask = (torch.arange(longest) < torch.randint(8, longest + 1, (rows, 1), generator=generator)).long()
@@ -63,11 +66,11 @@ def test_float32_gives_the_same_answers_as_the_cpu(checkpoint: Path, strategy: A
 
 
 @pytest.mark.parametrize("strategy", ["token", "sequence"])
-@pytest.mark.parametrize("options", [*OPTIONS, {"do_sample": True, "seed": 4, "num_return_sequences": 3}], ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, *RULES], ids=str)
 def test_captured_steps_give_what_launched_ones_give(
     checkpoint: Path, strategy: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batches of two sizes and back again, so that graphs are captured and replayed over other documents' tensors."""
+    """Batches of two sizes and back again, each often enough to be captured and replayed over other documents."""
     replays: list[None] = []
     replay = torch.cuda.CUDAGraph.replay
 
@@ -78,40 +81,16 @@ def test_captured_steps_give_what_launched_ones_give(
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
     loaded = load_checkpoint(checkpoint, device=DEVICE)
     launched, captured = RagEngine(loaded, cuda_graphs=False), RagEngine(loaded)
-    for n_questions in (4, 8, 4):
-        inputs = contexts(n_questions)
+    for n_questions, seen in ((4, 0), (8, 0), (4, 1), (8, 1), (4, 2)):
+        inputs = contexts(n_questions, seed=seen)
         expected = launched.generate(*inputs, strategy=strategy, max_new_tokens=10, **options)
         assert not replays
         found = captured.generate(*inputs, strategy=strategy, max_new_tokens=10, **options)
-        assert len(replays) >= 9  # every step of the longest answer
+        assert len(replays) >= (9 if seen and not options.get("do_sample") else 0)  # every step of the longest answer
         assert found.sequences.tolist() == expected.sequences.tolist()
         assert found.log_probs.tolist() == pytest.approx(expected.log_probs.tolist(), abs=1e-4)
-        assert found.doc_posterior.cpu().numpy() == pytest.approx(expected.doc_posterior.cpu().numpy(), abs=1e-4)
+        assert found.doc_posterior.numpy() == pytest.approx(expected.doc_posterior.numpy(), abs=1e-4)
         replays.clear()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_replayed_step_gives_the_logits_of_the_ordinary_one(checkpoint: Path, dtype: str) -> None:
-    model: Any = load_checkpoint(checkpoint, device=DEVICE, dtype=getattr(torch, dtype)).model
-    ordinary, static = Bart(model.generator), Bart(model.generator)
-    static.graphs = StaticGroups(static, capture=True)
-    documents = [torch.arange(5, 5 + length, device=DEVICE) for length in (7, 30, 12)]
-    for _ in range(2):  # the second time over tensors that the first has left behind
-        trees = [bart.prefill(documents, 40) for bart in (ordinary, static)]
-        behind = torch.ones(1, 1, dtype=torch.bool, device=DEVICE)
-        for depth in range(6):
-            rows = len(behind)
-            tokens = torch.arange(3 * rows, device=DEVICE) + 3 + depth
-            depths = torch.full_like(tokens, depth)
-            expected, found = (
-                bart.next_logits(of_bart, tokens, depths, [behind] * 3)
-                for bart, of_bart in zip((ordinary, static), trees, strict=True)
-            )
-            tolerance = 1e-4 if dtype == "float32" else 0.05
-            torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
-            parents = torch.arange(3, device=DEVICE) * 2 % rows
-            behind = torch.cat([behind[parents], torch.eye(3, dtype=torch.bool, device=DEVICE)], 1)
-        del trees
 
 
 @pytest.mark.parametrize("strategy", ["token", "sequence"])

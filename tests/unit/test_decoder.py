@@ -24,7 +24,6 @@ from tests.parity import draw, in_memory, teacher_forced
 from tests.tiny_checkpoint import tiny_model
 
 EOS, PAD = 2, 1
-CPU = torch.device("cpu")
 
 
 def expected_log_probs(model: RagTokenForGeneration, context: Tensor, candidate: list[int]) -> list[float]:
@@ -49,7 +48,7 @@ def test_a_trie_scores_candidates_as_transformers_does_one_by_one(
     generator = torch.Generator().manual_seed(seed)
     contexts = [torch.randint(0, vocabulary, (length,), generator=generator) for length in lengths]
     expected = [[expected_log_probs(model, context, candidate) for candidate in candidates] for context in contexts]
-    bart, trie = Bart(model.generator), Trie.of(candidates, CPU)
+    bart, trie = Bart(model.generator), Trie.of(candidates)
     edges = score(bart, bart.prefill(contexts, 4), [trie] * len(contexts))
     for found_X, of_document in zip(edges, expected, strict=True):
         for row, want in zip(trie.along_paths(found_X), of_document, strict=True):

@@ -22,14 +22,15 @@ def rows(problems: int, samples: int, seed: int | None, max_length: int = 4) -> 
     return RowSearch(
         problems=problems, samples=samples, start=START, pad=PAD, processors=LogitsProcessorList(),
         sampler=None if seed is None else torch.Generator().manual_seed(seed), stopping=stopping(max_length),
-        device=CPU,
+        max_length=max_length, documents=1, device=CPU,
     )  # fmt: skip
 
 
 def beams(problems: int, **options: Any) -> BeamSearch:
     rules: dict[str, Any] = {
         "beams": 3, "start": START, "pad": PAD, "processors": LogitsProcessorList(), "returned": 3, "max_length": 6,
-        "eos_tokens": 1, "length_penalty": 1.0, "early_stopping": False, "device": CPU, "stopping": stopping(6),
+        "eos_tokens": 1, "length_penalty": 1.0, "early_stopping": False, "documents": 1, "device": CPU,
+        "stopping": stopping(6),
     }  # fmt: skip
     return BeamSearch(problems=problems, **{**rules, **options})
 
@@ -55,7 +56,7 @@ class Tree:
                 log_probs += [following(names[problem], history) for history in grown]
             rows = torch.stack(log_probs)
             self.search.advance(rows, rows[None])
-        return [[row.tolist() for row in found] for found in self.search.sequences()]
+        return [[row.tolist() for row, _ in found] for found in self.search.results()]
 
 
 def following(name: int, history: list[int]) -> torch.Tensor:
@@ -104,7 +105,7 @@ def test_samples_follow_the_distribution() -> None:
     drawn = rows(1, 20_000, seed=1, max_length=2)
     log_probs = following(1, [START])
     drawn.advance(log_probs[None], log_probs[None, None])
-    counts = torch.bincount(torch.stack([row[1] for row in drawn.sequences()[0]]), minlength=VOCABULARY)
+    counts = torch.bincount(torch.stack([row[1] for row, _ in drawn.results()[0]]), minlength=VOCABULARY)
     expected = log_probs.exp() * 20_000
     chi_square = ((counts - expected) ** 2 / expected).sum().item()
     assert chi_square < 22.5  # six degrees of freedom: one seed in a thousand is above
@@ -118,7 +119,7 @@ def test_samples_of_a_row_that_has_ended_cost_nothing_more() -> None:
         assert EOS not in search.tokens
         log_probs = torch.zeros(sum(search.rows), VOCABULARY)
         search.advance(log_probs, log_probs[None])
-    assert all(len(row) == 4 or row[-1] == EOS for row in search.sequences()[0])
+    assert all(len(row) == 4 or row[-1] == EOS for row, _ in search.results()[0])
 
 
 def test_a_sampled_row_that_may_say_nothing_does_not_end_the_others() -> None:
@@ -126,7 +127,7 @@ def test_a_sampled_row_that_may_say_nothing_does_not_end_the_others() -> None:
     search = rows(2, 1, seed=0)
     log_probs = torch.stack([torch.full((VOCABULARY,), -math.inf), following(1, [START])])
     search.advance(log_probs, log_probs[None])
-    assert sum(len(found) for found in search.sequences()) == 2
+    assert sum(len(found) for found in search.results()) == 2
 
 
 class Nothing(LogitsProcessor):

@@ -1,19 +1,17 @@
 """Candidates as a prefix trie: what is shared, who sees whom, and the way back to the candidates."""
 
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from generator_svc.engine.trie import Trie
 
-CPU = torch.device("cpu")
 candidate_lists = st.lists(
     st.lists(st.integers(0, 4), min_size=1, max_size=6).map(lambda tokens: [9, *tokens]), min_size=1, max_size=8
 )
 
 
 def test_a_shared_prefix_is_one_path_and_the_last_token_is_no_node() -> None:
-    trie = Trie.of([[9, 5, 6, 2], [9, 5, 7, 2], [9, 2]], CPU)
+    trie = Trie.of([[9, 5, 6, 2], [9, 5, 7, 2], [9, 2]])
     assert trie.tokens.tolist() == [9, 5, 6, 7]
     assert trie.depths.tolist() == [0, 1, 2, 2]
     assert trie.visible.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
@@ -22,7 +20,7 @@ def test_a_shared_prefix_is_one_path_and_the_last_token_is_no_node() -> None:
 
 @given(candidate_lists)
 def test_every_candidate_is_read_back_from_its_path(candidates: list[list[int]]) -> None:
-    trie = Trie.of(candidates, CPU)
+    trie = Trie.of(candidates)
     along = trie.along_paths(trie.edge_tokens)
     for candidate, path, tokens in zip(candidates, trie.paths, along, strict=True):
         assert tokens.tolist() == candidate[1:]
@@ -35,7 +33,7 @@ def test_every_candidate_is_read_back_from_its_path(candidates: list[list[int]])
 
 @given(candidate_lists)
 def test_no_prefix_is_held_twice(candidates: list[list[int]]) -> None:
-    trie = Trie.of(candidates, CPU)
+    trie = Trie.of(candidates)
     prefixes = {tuple(candidate[:length]) for candidate in candidates for length in range(1, len(candidate))}
     assert len(trie.tokens) == len(prefixes)
     edges = {tuple(candidate[:length]) for candidate in candidates for length in range(2, len(candidate) + 1)}

@@ -1,0 +1,132 @@
+"""What a decode step does beside its matrix products, each in one pass over memory.
+
+Every function here is plain torch, and says by that what is computed. For CUDA tensors a Triton kernel of the same name
+in :mod:`generator_svc.engine.triton_kernels` does it, where Triton works. Nothing is read back, so that all of it may
+be captured in a CUDA graph, once it has run before with tensors of the same form.
+
+Shapes: R packed rows, D model, V vocabulary, P problems, Q questions, N documents, K rows of each, H heads, E head,
+C node positions, S source positions.
+"""
+
+import importlib
+from collections.abc import Callable
+from functools import cache, wraps
+from types import ModuleType
+from typing import ParamSpec
+
+import structlog
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
+
+log = structlog.get_logger(__name__)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_P = ParamSpec("_P")
+
+
+@cache
+def usable(device: torch.device) -> bool:
+    """Whether Triton's kernels run on this device. The first call compiles one: not while a graph is captured."""
+    if device.type != "cuda":
+        return False
+    try:
+        compiled = _triton_kernels()
+        x_RD, weight_D = torch.ones(1, 16, device=device), torch.ones(16, device=device)
+        torch.testing.assert_close(compiled.add_norm(x_RD, x_RD, weight_D, weight_D, 1e-5)[0], weight_D)
+    except Exception as error:  # noqa: BLE001  whatever it is, torch's own kernels do the same
+        log.warning(
+            "triton_unusable",
+            error=f"{type(error).__name__}: {error}",
+            advice="install triton and a C compiler (gcc), and let ~/.triton be written; until then torch's own "
+            "kernels are used, which are slower",
+        )
+        return False
+    return True
+
+
+def _triton_kernels() -> ModuleType:
+    return importlib.import_module("generator_svc.engine.triton_kernels")
+
+
+def _any_size(_: Tensor) -> bool:
+    return True
+
+
+def _few_rows(of_documents: Tensor) -> bool:
+    """Whether a document's (rows of) heads fit the registers and the shared memory that one program has."""
+    return of_documents.shape[1] <= 32 and of_documents.shape[-1] <= 128
+
+
+def _by_triton(fits: Callable[[Tensor], bool]) -> Callable[[Callable[_P, Tensor]], Callable[_P, Tensor]]:
+    """Leaves the work to the Triton kernel of the same name where the first argument allows it."""
+
+    def either(reference: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+        @wraps(reference)
+        def chosen(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+            first = args[0]
+            assert isinstance(first, Tensor)  # noqa: S101
+            if first.is_cuda and first.dtype in DTYPES and fits(first) and usable(first.device):
+                made: Tensor = getattr(_triton_kernels(), reference.__name__)(*args, **kwargs)
+                return made
+            return reference(*args, **kwargs)
+
+        return chosen
+
+    return either
+
+
+@_by_triton(_any_size)
+def add_norm(x_RD: Tensor, residual_RD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+    """Layer normalisation of a sum, (R, D): the sum in its own dtype, its normalisation in float32."""
+    return layer_norm(x_RD + residual_RD, weight_D.shape, weight_D, bias_D, eps)
+
+
+@_by_triton(_few_rows)
+def attend_to_nodes(qkv_NK3HE: Tensor, nodes_2NHCE: Tensor, visible_PKC: Tensor, start: int) -> Tensor:
+    """Self-attention over trees of nodes, (N, K, H, E), after new keys and values were put into ``start:start + K``.
+
+    Args:
+        nodes_2NHCE: keys and values, contiguous.
+        visible_PKC: bool, which of the nodes before ``start + K`` a row attends to: itself at least. N // P
+            neighbouring documents have the same.
+    """
+    rows, end = qkv_NK3HE.shape[1], start + qkv_NK3HE.shape[1]
+    nodes_2NHCE[:, :, :, start:end] = qkv_NK3HE[:, :, 1:].permute(2, 0, 3, 1, 4)
+    visible_N1KC = visible_PKC[:, None, None, :rows, :end].expand(-1, len(qkv_NK3HE) // len(visible_PKC), 1, -1, -1)
+    q_NHKE, (keys_NHCE, values_NHCE) = qkv_NK3HE[:, :, 0].transpose(1, 2), nodes_2NHCE[:, :, :, :end]
+    mask = visible_N1KC.flatten(0, 1)
+    return scaled_dot_product_attention(q_NHKE, keys_NHCE, values_NHCE, attn_mask=mask).transpose(1, 2)
+
+
+@_by_triton(_few_rows)
+def attend_to_source(q_NKHE: Tensor, cross_2NHSE: Tensor, lengths_N: Tensor) -> Tensor:
+    """Cross-attention, (N, K, H, E), to the first positions of each document, ``lengths_N`` (int32) of them.
+
+    Args:
+        cross_2NHSE: keys and values, contiguous.
+
+    Returns: zeros for a document of length 0.
+    """
+    positions_S = torch.arange(cross_2NHSE.shape[3], device=lengths_N.device)
+    is_empty_N111 = (lengths_N == 0)[:, None, None, None]
+    mask = (positions_S < lengths_N[:, None, None, None]) | is_empty_N111  # a row that sees nothing may become NaN
+    keys_NHSE, values_NHSE = cross_2NHSE
+    attended_NHKE = scaled_dot_product_attention(q_NKHE.transpose(1, 2), keys_NHSE, values_NHSE, attn_mask=mask)
+    return attended_NHKE.masked_fill(is_empty_N111, 0.0).transpose(1, 2)
+
+
+@_by_triton(_any_size)
+def log_normalizer(logits_RV: Tensor) -> Tensor:
+    """log Σ_v exp(logits), (R,) float32. Rows may lie apart, as those of a wider tensor do."""
+    return logits_RV.float().logsumexp(-1)
+
+
+@_by_triton(_any_size)
+def marginalize(logits_QNKV: Tensor, shift_QNK: Tensor) -> Tensor:
+    """log Σ_n exp(logits + shift), (Q, K, V) float32. Rows of logits may lie apart, as those of a wider tensor do.
+
+    With log p(z|x) less the normaliser as (float32) shift, this is RAG-Token's log p(y_t | x, y_<t).
+    """
+    return (logits_QNKV.float() + shift_QNK[..., None]).logsumexp(1)
