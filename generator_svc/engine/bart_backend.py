@@ -85,10 +85,18 @@ class BartBackend:
     def finish(self, done: Sequence[BartDecoding]) -> list[Answers]:
         found = [self._candidates(decoding) for decoding in done]
         met = [decoding.met() for decoding in done]
-        # Fast decoding leaves it at what was met; thorough decoding asks every document about every candidate.
+        # Fast decoding leaves it at what was met; thorough decoding asks every document about every candidate. On CUDA
+        # also about those that it has met, which costs less than a trie for each document.
         unmet = [
-            [] if decoding.task.fast else [row for row in candidates if _key(row) not in of_document]
+            []
+            if decoding.task.fast or all(key in of_document for key in keys)
+            else [
+                row
+                for row, key in zip(candidates, keys, strict=True)
+                if not self._bart.on_cpu or key not in of_document
+            ]
             for decoding, candidates, of_decoding in zip(done, found, met, strict=True)
+            for keys in [[_key(row) for row in candidates]]
             for of_document in of_decoding
         ]
         caches = [cache for decoding in done for cache in decoding.caches]

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import structlog
 import torch
 from torch import Tensor
 from transformers.generation import logits_process as processors
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 # Logits processors that launch kernels and do nothing else, so that they may be captured with the search.
 CAPTURED = (
-    processors.ForcedBOSTokenLogitsProcessor,
-    processors.ForcedEOSTokenLogitsProcessor,
     processors.InfNanRemoveLogitsProcessor,
     processors.LogitNormalization,
     processors.MinLengthLogitsProcessor,
@@ -44,6 +43,11 @@ CAPTURED = (
     processors.SuppressTokensAtBeginLogitsProcessor,
     processors.SuppressTokensLogitsProcessor,
 )
+
+# They force a token at the first or at the last step, by a number that lies on the host: elsewhere they do nothing.
+FORCING = (processors.ForcedBOSTokenLogitsProcessor, processors.ForcedEOSTokenLogitsProcessor)
+
+_log = structlog.get_logger(__name__)
 
 
 class Form(NamedTuple):
@@ -125,7 +129,6 @@ class Lane:
         self._alive_P = torch.zeros(problems, dtype=torch.bool, device=device)
         self.lengths_N = torch.zeros(self.slots, dtype=torch.int32, device=device)
         self._log_prior = torch.zeros(questions, form.documents, 1, device=device)
-        self._has_search = not form.own and all(isinstance(one, CAPTURED) for one in self._search.processors)
         self._memory = torch.cuda.graph_pool_handle() if capture else None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._met: set[int] = set()  # lengths at which a step has run
@@ -160,13 +163,13 @@ class Lane:
         """One token for every row; :meth:`settle` then tells who goes on."""
         length = self.length
         if length not in self._graphs and self._memory is not None and length in self._met:
-            self._graphs[length] = self._captured(length)
+            self._capture(length)
         if length in self._graphs:
             self._graphs[length].replay()
         else:
             self._met.add(length)
             self._run(length)
-        if not self._has_search:
+        if not self._has_search(length):
             self._choose(length, self._outcome[length])
         self.length, self._results = length + 1, None
 
@@ -174,16 +177,30 @@ class Lane:
         """Waits for the step."""
         self._going = self._alive_P.tolist()
 
-    def _captured(self, length: int) -> torch.cuda.CUDAGraph:
+    def _has_search(self, length: int) -> bool:
+        """Whether the search is part of what is captured."""
+        kinds = CAPTURED if length in {1, self.form.length - 1} else CAPTURED + FORCING
+        return not self.form.own and all(isinstance(one, kinds) for one in self._search.processors)
+
+    def _capture(self, length: int) -> None:
         """The step at this length. It has run before, so that libraries have chosen kernels and taken workspaces."""
         graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.device(self._bart.device),
-            # What other threads do with the device meanwhile is no part of it.
-            torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"),
-        ):
-            self._run(length)
-        return graph
+        try:
+            with (
+                torch.cuda.device(self._bart.device),
+                # What other threads do with the device meanwhile is no part of it.
+                torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"),
+            ):
+                self._run(length)
+        except RuntimeError as error:
+            _log.warning(
+                "step_not_captured", error=str(error), advice="steps of this form are launched kernel by kernel"
+            )
+            self._memory = None
+            for name, kept in self._state.items():
+                setattr(self._search, name, kept)
+        else:
+            self._graphs[length] = graph
 
     def _run(self, length: int) -> None:
         """What is captured. No shape depends on what comes in, and nothing is read back."""
@@ -193,7 +210,7 @@ class Lane:
             self.visible_PKC.zero_()
             self.visible_PKC[:, :, 0] = True
         scores = self.scores(length)
-        if self._has_search:
+        if self._has_search(length):
             self._choose(length, scores)
         else:
             self._outcome[length] = scores.kept_in(self._buffers)

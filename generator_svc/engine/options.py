@@ -110,7 +110,7 @@ def generation_config(defaults: GenerationConfig, strategy: Strategy, **options:
     Raises:
         InvalidRequest: an option that is unknown or that no head can honour, or a combination that means nothing.
     """
-    config = copy.deepcopy(defaults)
+    config = copy.copy(defaults)  # what it holds is never changed, only replaced
     given = {name: value for name, value in options.items() if value is not None}
     for name in options:
         if name not in HONOURED:

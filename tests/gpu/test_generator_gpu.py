@@ -86,7 +86,7 @@ def test_captured_steps_give_what_launched_ones_give(
         expected = launched.generate(*inputs, strategy=strategy, max_new_tokens=10, **options)
         assert not replays
         found = captured.generate(*inputs, strategy=strategy, max_new_tokens=10, **options)
-        assert len(replays) >= (9 if seen and not options.get("do_sample") else 0)  # every step of the longest answer
+        assert (len(replays) >= 2) == (seen > 0 and not options.get("do_sample"))
         assert found.sequences.tolist() == expected.sequences.tolist()
         assert found.log_probs.tolist() == pytest.approx(expected.log_probs.tolist(), abs=1e-4)
         assert found.doc_posterior.numpy() == pytest.approx(expected.doc_posterior.numpy(), abs=1e-4)
