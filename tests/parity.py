@@ -237,8 +237,10 @@ def theirs(drawn: Draw, question: int | None = None, returned: int | None = None
     return [_answer(row, config) for row in rows.tolist()]
 
 
-def ours(drawn: Draw, question: int | None = None, **rules: Any) -> list[list[list[int]]]:
-    """The engine's answers, question by question."""
+def ours(
+    drawn: Draw, question: int | None = None, *, in_step: bool | None = None, **rules: Any
+) -> list[list[list[int]]]:
+    """The engine's answers, question by question; ``in_step`` as on CUDA, or not (None: every second draw)."""
     n_docs = drawn.doc_scores.shape[1]
     wanted = slice(None) if question is None else slice(question * n_docs, (question + 1) * n_docs)
     if drawn.allowed_modulus:
@@ -248,7 +250,7 @@ def ours(drawn: Draw, question: int | None = None, **rules: Any) -> list[list[li
     scores = drawn.doc_scores if question is None else drawn.doc_scores[question : question + 1]
     engine = RagEngine(in_memory(copy.deepcopy(drawn.model)))
     backend = engine._backend
-    if drawn.seed % 2 and isinstance(backend, BartBackend):  # in step, as on CUDA
+    if (drawn.seed % 2 if in_step is None else in_step) and isinstance(backend, BartBackend):
         backend.use_lanes(capture=False)
     options = {**drawn.options, **rules}
     made = engine.generate(drawn.ids[wanted], drawn.mask[wanted], scores, strategy=drawn.strategy, **options)

@@ -6,6 +6,7 @@ the rows that are left, and what would take too much room.
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from generator_svc.engine.backend import Task
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 MOST_DOCUMENTS, MOST_NODES = 512, 2048  # of a lane, and of a document's tree
 MOST_USED = 64  # at once
-MOST_IDLE, IDLE_BYTES = 16, 2 * 2**30  # kept for questions to come, and what their caches may hold
+MOST_IDLE, IDLE_BYTES = 16, 512 * 2**20  # kept for questions to come, and what their caches may hold
 
 MakeSearch = Callable[[Task, int], BeamSearch | RowSearch]
 """(a question, how many problems) → a search for such questions."""
@@ -77,14 +78,12 @@ class Lanes:
 
     def _begin(self, form: Form, tasks: Sequence[Task]) -> list[LaneDecoding]:
         longest = max(len(context) for task in tasks for context in task.contexts)
-        questions, source = room_for(len(tasks)), -(-longest // 128) * 128
+        questions, source = room_for(len(tasks)), -(-longest // 64) * 64
         size = (form, questions, source)
         lane = next((lane for lane in self._idle if (lane.form, lane.questions, lane.source) == size), None)
         if lane is None:
-            self._make_room()
-            lane = Lane(
-                self._bart, *size, lambda problems: self._make_search(tasks[0], problems), capture=self._capture
-            )
+            self._make_room(questions * form.documents * source * self._bart.source_bytes)
+            lane = Lane(self._bart, *size, partial(self._make_search, tasks[0]), capture=self._capture)
         else:
             self._idle.remove(lane)
         decodings = lane.begin(tasks)
@@ -96,12 +95,12 @@ class Lanes:
     def _release(self, lane: Lane) -> None:
         self._used -= 1
         if not lane.form.own:
+            self._make_room(lane.bytes)
             self._idle.append(lane)
-            self._make_room(MOST_IDLE)
 
-    def _make_room(self, most: int = MOST_IDLE - 1) -> None:
-        """Gives up those that have waited longest."""
-        while len(self._idle) > max(1, most) or (
-            len(self._idle) > 1 and sum(lane.bytes for lane in self._idle) > IDLE_BYTES
+    def _make_room(self, wanted: int) -> None:
+        """Gives up those that have waited longest, so that one with so many bytes is no more than are kept."""
+        while self._idle and (
+            len(self._idle) >= MOST_IDLE or wanted + sum(lane.bytes for lane in self._idle) > IDLE_BYTES
         ):
             del self._idle[0]
