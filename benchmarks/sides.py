@@ -24,6 +24,7 @@ from shared.schemas import Strategy
 SideName = Literal["transformers", "ours"]
 NEW_TOKENS = 16
 N_DOCS = 5
+CUDA_WARM_UPS = 3  # at the second our steps are captured
 LONG_S = 20.0  # a run that takes longer is not repeated
 
 
@@ -83,10 +84,10 @@ def engine_of(model: Any, device: str) -> RagEngine:
 
 
 class Side:
-    """The near end of a side's process."""
+    """The near end of a side's process. ``warm_ups``: runs that are not counted."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, warm_ups: int) -> None:
+        self._connection, self.warm_ups = connection, warm_ups
 
     def run(self, cell: Cell) -> Run:
         self._connection.send(cell)
@@ -97,9 +98,12 @@ class Side:
 
 
 def measure_in_turns(sides: Sequence[Side], cell: Cell, repeats: int) -> list[Measured]:
-    """Every side once to warm up, then one after the other ``repeats`` times. A long first run is not repeated."""
+    """Every side to warm up, then one after the other ``repeats`` times. A long first run is not repeated."""
     runs = [[side.run(cell)] for side in sides]
     short = [i for i, (first,) in enumerate(runs) if first.seconds <= LONG_S]
+    for i in short:
+        for _ in range(sides[i].warm_ups - 1):
+            runs[i] = [sides[i].run(cell)]
     for _ in range(repeats):
         for i in short:
             runs[i].append(sides[i].run(cell))
@@ -120,7 +124,7 @@ def started(setup: Setup) -> Iterator[Side]:
     process.start()
     far.close()
     try:
-        yield Side(near)
+        yield Side(near, CUDA_WARM_UPS if setup.device.startswith("cuda") else 1)
     finally:
         near.close()
         process.join()

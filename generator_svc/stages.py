@@ -227,9 +227,11 @@ class Stages:
                 documents = [torch.tensor(context.input_ids)]
                 task = self._engine.task(documents, scores, strategy=strategy, num_beams=2, max_new_tokens=4)
                 self._engine.run([task])
-                if self.checkpoint.device.type == "cuda":  # the steps of a question as it comes by default are captured
+                if self.checkpoint.device.type == "cuda":
                     n_docs = int(self.checkpoint.config.n_docs)
-                    self._engine.run([self._engine.task(documents * n_docs, torch.zeros(n_docs), strategy=strategy)])
+                    for _ in range(2):  # the steps of a question as it comes by default, which are then captured
+                        by_default = self._engine.task(documents * n_docs, torch.zeros(n_docs), strategy=strategy)
+                        self._engine.run([by_default])
 
     def admits(self, jobs: Sequence[Job]) -> bool:
         """Whether the budget has room for these jobs beside what is being generated."""
