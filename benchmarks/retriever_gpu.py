@@ -3,7 +3,8 @@
 Ours is what the service runs for a batch of queries: faiss for more hits than were asked for, their true embeddings
 from the host, exact scores, order. Raw is faiss alone for ids and scores of as many as asked, over the same file, with
 as many lists looked into and as many threads. In one process; medians after a warm-up. The file of `ivf-pq` has codes
-of 128 bytes, more than faiss can search on a GPU: the service keeps it on the CPU, and ``ivf-pq96`` is what fits.
+of 128 bytes, and faiss's code for GPUs names 96 as the most: where it refuses, the service keeps the index on the CPU,
+which is said at the end; ``ivf-pq96`` is made to fit.
 
 Shapes: B queries, D dimension.
 """

@@ -60,7 +60,7 @@ def length_mask(lengths: Sequence[int], like: Tensor) -> Tensor | None:
     return like.new_zeros(len(lengths), 1, 1, longest).masked_fill_(hidden[:, None, None], -torch.inf)
 
 
-def visible_device(visible: Sequence[Tensor | None]) -> torch.device:
+def _device_of(visible: Sequence[Tensor | None]) -> torch.device:
     """Where the masks lie: those of a search on its device, those of a trie on the host."""
     return next((mask.device for mask in visible if mask is not None), torch.device("cpu"))
 
@@ -107,7 +107,7 @@ class Segment:
         """(N, 1, M, W)"""
         if min(seen) == self._seen and all(v is None for v in visible):
             return None
-        seen_by = torch.zeros(*self._rows.shape, self._seen, dtype=torch.bool, device=visible_device(visible))
+        seen_by = torch.zeros(*self._rows.shape, self._seen, dtype=torch.bool, device=_device_of(visible))
         start = 0
         for _, equal in itertools.groupby(zip(visible, seen, strict=True), key=lambda pair: (id(pair[0]), pair[1])):
             same = list(equal)

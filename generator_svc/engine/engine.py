@@ -109,7 +109,8 @@ class RagEngine:
             if rest:
                 raise InvalidRequest("the number of sequences is no multiple of the number of questions")
             question = torch.arange(len(contexts)).repeat_interleave(per_question)
-        answers = [sequences.cpu()[question.cpu() == index] for index in range(len(contexts))]
+        sequences, question = sequences.cpu(), question.cpu()
+        answers = [sequences[question == index] for index in range(len(contexts))]
         return self._joined(self.score_each(contexts, list(doc_scores), answers, strategy))
 
     def task(

@@ -118,7 +118,7 @@ class Lane:
         device = bart.device
         self.form, self.questions, self.source = form, questions, source
         self.slots = questions * form.documents
-        self.cross, self.nodes = bart.caches(self.slots, source), bart.caches(self.slots, self._nodes_at(form.length))
+        self.cross, self.nodes = bart.caches(self.slots, source), bart.caches(self.slots, self.start(form.length))
         problems = questions if form.strategy == "token" else self.slots
         self._bart, self._search = bart, search(problems)
         self._state: dict[str, Tensor] = {name: getattr(self._search, name) for name in self._search.STATE}
@@ -251,11 +251,8 @@ class Lane:
             self.visible_PKC[:, :, new] = torch.eye(rows, dtype=torch.bool, device=going_P.device)
 
     def start(self, length: int) -> int:
-        """The place of the first of the nodes that end hypotheses of this length."""
+        """The place of the first of the nodes that end hypotheses of this length: so many are before them."""
         return 0 if length == 1 else 1 + self.form.rows * (length - 2)
-
-    def _nodes_at(self, length: int) -> int:
-        return 1 + self.form.rows * max(0, length - 2)
 
     def goes_on(self, question: int) -> bool:
         return any(self._going[self._problems(question)])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MOST_DOCUMENTS, MOST_NODES = 512, 2048  # of a lane, and of a document's tree
 MOST_USED = 64  # at once
+MOST_PADDING = 4  # places for a token of a context: what the scheduler counts bounds what the lanes hold
 MOST_IDLE, IDLE_BYTES = 16, 512 * 2**20  # kept for questions to come, and what their caches may hold
 
 MakeSearch = Callable[[Task, int], BeamSearch | RowSearch]
@@ -72,6 +73,9 @@ class Lanes:
                 if self._used == MOST_USED:
                     return found
                 part = members[start : start + most]
+                lengths = [len(context) for at in part for context in tasks[at].contexts]
+                if len(lengths) * max(lengths) > MOST_PADDING * sum(lengths):
+                    continue
                 for at, decoding in zip(part, self._begin(form, [tasks[at] for at in part]), strict=True):
                     found[at] = decoding
         return found

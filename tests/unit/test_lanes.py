@@ -1,6 +1,7 @@
 """Questions that move in step over fixed tensors, as CUDA graphs replay them, against each by itself."""
 
 import gc
+import random
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ from torch import Tensor
 
 from generator_svc.engine import RagEngine, lanes
 from generator_svc.engine.bart_backend import BartBackend
+from generator_svc.engine.decoding import TreeDecoding
+from generator_svc.engine.evidence import Evidence
 from generator_svc.engine.lane import LaneDecoding
 from generator_svc.engine.lanes import Lanes
+from generator_svc.engine.scheduler import Scheduler
 from tests.parity import draw, in_memory, ours
 from tests.tiny_checkpoint import tiny_model
 
@@ -79,6 +83,18 @@ def test_a_lane_is_used_again_and_no_more_are_kept_than_allowed(monkeypatch: pyt
     assert used[4] is not used[0]  # it has made room for the others
 
 
+def test_documents_of_very_different_lengths_take_the_ordinary_way() -> None:
+    ordinary, in_step, _ = engines(tiny_model())
+    generator = torch.Generator().manual_seed(0)
+    one = [torch.randint(5, 300, (length,), generator=generator) for length in (120, 3, 3, 3, 3, 3)]
+    answers = []
+    for engine in (ordinary, in_step):
+        task = engine.task(one, torch.zeros(6), strategy="token", num_beams=3, max_new_tokens=6)
+        assert isinstance(engine.begin([task])[0], TreeDecoding)
+        answers.append(engine.run([task])[0].sequences.tolist())
+    assert answers[0] == answers[1]
+
+
 def test_a_question_that_leaves_changes_nothing_for_those_that_began_with_it() -> None:
     _, in_step, _ = engines(tiny_model())
     inputs = contexts(3, 3)
@@ -97,6 +113,44 @@ def test_a_question_that_leaves_changes_nothing_for_those_that_began_with_it() -
     found = [evidence.sequences[0].tolist() for evidence in in_step.finish(staying)]
     best = [evidence.sequences[0].tolist() for evidence in expected.evidence]
     assert found == [best[0], best[2]]
+
+
+class Leaving:
+    """A caller who goes after so many steps, if the answer has not come."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience, self.answers = patience, 0
+
+    @property
+    def wanted(self) -> bool:
+        self.patience -= 1
+        return self.patience >= 0
+
+    def finished(self, evidence: Evidence) -> None:
+        self.answers += len(evidence.sequences)
+
+    def written(self, tokens: Tensor) -> None: ...
+
+
+def test_callers_who_leave_at_any_step_leave_no_lane_taken() -> None:
+    _, in_step, kept = engines(tiny_model(eos_bias=-30.0))
+    scheduler, rng = Scheduler(in_step, 10_000), random.Random(0)
+    inputs = contexts(1, 3)
+    documents = [ids[ids != 1] for ids in inputs[0]]
+    everybody: list[Leaving] = []
+    for _ in range(60):
+        rules: dict[str, Any] = {"strategy": rng.choice(["token", "sequence"]), "num_beams": rng.choice([1, 3])}
+        tickets = [Leaving(rng.choice([0, 1, 3, 100])) for _ in range(rng.randint(1, 3))]
+        everybody += tickets
+        scheduler.join([in_step.task(documents, inputs[2][0], max_new_tokens=6, **rules) for _ in tickets], tickets)
+        for _ in range(rng.randint(0, 4)):
+            scheduler.step()
+    while scheduler.step():
+        pass
+    gc.collect()
+    assert kept._used == 0
+    assert all(ticket.answers for ticket in everybody if ticket.patience > 50)
+    assert any(not ticket.answers for ticket in everybody)
 
 
 @settings(max_examples=40, deadline=None)
