@@ -8,6 +8,11 @@ import httpx
 import pytest
 import structlog
 from fastapi import FastAPI
+from hypothesis import HealthCheck, settings
+
+# No test's verdict hangs on time: machines are shared.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 ClientFor = Callable[[FastAPI], AbstractAsyncContextManager[httpx.AsyncClient]]
 

@@ -264,7 +264,7 @@ def test_every_kind_stays_true_whatever_is_done_to_it(service: RetrieverProcess)
     run_state_machine_as_test(
         Living,
         # not made shorter where it fails: the collections stay from one run to the next
-        settings=settings(max_examples=6, stateful_step_count=50, deadline=None, phases=(Phase.generate,)),
+        settings=settings(max_examples=6, stateful_step_count=50, phases=(Phase.generate,)),
     )
     for name, model in MODELS.items():
         if len(model.embeddings) >= 5 and name != MADE:

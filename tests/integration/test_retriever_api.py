@@ -86,7 +86,7 @@ async def retrieve(client: httpx.AsyncClient, query: RetrieveQuery, sent: Form, 
 # --- answers -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shape=st.tuples(st.integers(1, 60), st.integers(1, 24), st.integers(1, 9)),
     n_docs=st.integers(1, 70),

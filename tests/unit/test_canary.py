@@ -106,7 +106,7 @@ def findable(collection: Collection, year: int | None) -> np.ndarray:
     changes=st.integers(0, 3),
     year=st.none() | st.integers(1990, 2001),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_recall_is_that_of_brute_force_at_the_moment_of_the_answer(
     folder: Path, seed: int, n_docs: int, changes: int, year: int | None
 ) -> None:

@@ -32,7 +32,7 @@ def expected_log_probs(model: RagTokenForGeneration, context: Tensor, candidate:
     return logits.log_softmax(-1)[range(len(candidate) - 1), candidate[1:]].tolist()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 10_000),
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=3),
@@ -55,7 +55,7 @@ def test_a_trie_scores_candidates_as_transformers_does_one_by_one(
             assert row.tolist() == pytest.approx(want, abs=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(lengths=st.lists(st.integers(1, 20), min_size=2, max_size=6), data=st.data())
 def test_documents_that_leave_give_their_room_back_and_change_nothing(lengths: list[int], data: st.DataObject) -> None:
     bart = Bart(tiny_model().generator)

@@ -137,7 +137,7 @@ def exact_likelihoods(
     return float(log_prob), np.exp(joint - np.logaddexp.reduce(joint))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 1000),
     n_docs=st.integers(1, 5),

@@ -41,7 +41,7 @@ def is_true(found: Ranked, query_D: np.ndarray, embeddings_ND: np.ndarray, ids_N
     assert np.lexsort((found.ids, -found.scores)).tolist() == list(range(len(found.rows)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     kind=st.sampled_from(KINDS),
     n=st.integers(1, 1500),

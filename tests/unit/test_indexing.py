@@ -136,7 +136,7 @@ class TestEncoder:
         np.testing.assert_allclose(ours.encode(titles, texts), theirs, atol=1e-5)
 
     @given(rows=st.lists(st.integers(0, 59), min_size=1, max_size=12), batch_tokens=st.integers(1, 400))
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     def test_neighbours_and_batches_change_nothing_but_rounding(
         self, folder: Path, encoder: PassageEncoder, rows: list[int], batch_tokens: int
     ) -> None:
@@ -249,7 +249,7 @@ def whole(options: EncoderOptions, tmp_path_factory: pytest.TempPathFactory) -> 
 class TestResume:
     @given(stops=st.lists(st.integers(0, 12), max_size=4), batch_rows=st.integers(1, 40), torn=st.booleans())
     @example(stops=[0, 0, 0], batch_rows=COUNT, torn=True)
-    @settings(deadline=None, max_examples=25)
+    @settings(max_examples=25)
     def test_a_run_stopped_anywhere_ends_in_the_bytes_of_an_uninterrupted_one(
         self, options: EncoderOptions, whole: dict[str, bytes], stops: list[int], batch_rows: int, torn: bool
     ) -> None:

@@ -153,7 +153,7 @@ def test_callers_who_leave_at_any_step_leave_no_lane_taken() -> None:
     assert any(not ticket.answers for ticket in everybody)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 100_000))
 def test_random_models_and_options_give_the_same_in_step(seed: int) -> None:
     """Both ways are held to transformers by ``tests.parity``, every second draw in step; here they meet each other."""

@@ -110,7 +110,7 @@ def check(collection: Collection, model: Model, condition: Condition, n_docs: in
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     n=st.integers(1, 900),
     steps=st.lists(st.tuples(st.booleans(), st.integers(1, 60), conditions()), max_size=4),

@@ -31,7 +31,7 @@ def max_norm(embeddings_ND: np.ndarray) -> float:
     return float(np.linalg.norm(embeddings_ND.astype(np.float64), axis=1).max())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 120),
     dimension=st.integers(1, 40),
@@ -99,7 +99,7 @@ def test_near_ties_that_float32_sums_misjudge_are_settled_exactly(tmp_path: Path
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(dimension=st.integers(1, 800), scale=st.sampled_from([1e-20, 1e-3, 1.0, 1e6]), seed=st.integers(0, 2**32 - 1))
 def test_faiss_errs_by_no_more_than_the_bound(
     dimension: int, scale: float, seed: int, tmp_path_factory: pytest.TempPathFactory

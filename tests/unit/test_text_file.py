@@ -29,7 +29,7 @@ def batch(titles: list[str], texts: list[str]) -> pa.RecordBatch:
     return pa.record_batch([*columns, embeddings], schema=passage_schema(1, "float32"))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(passages=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=20), data=st.data())
 def test_what_was_written_is_read(
     passages: list[tuple[str, str]], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
