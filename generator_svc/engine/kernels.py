@@ -1,29 +1,35 @@
 """What a decode step does beside its matrix products, each in one pass over memory.
 
 Every function here is plain torch, and says by that what is computed. For CUDA tensors a Triton kernel of the same name
-in :mod:`generator_svc.engine.triton_kernels` does it, where Triton works. Nothing is read back, so that all of it may
-be captured in a CUDA graph, once it has run before with tensors of the same form.
+does it, where Triton works: in :mod:`generator_svc.engine.triton_kernels` what the decoder and the heads need, in
+:mod:`generator_svc.engine.triton_search` what the search does. Nothing is read back, so that all of it may be captured
+in a CUDA graph, once it has run before with tensors of the same form.
 
 Shapes: R packed rows, D model, V vocabulary, P problems, Q questions, N documents, K rows of each, H heads, E head,
-C node positions, S source positions.
+C node positions, S source positions; in the search K beams and C continuations.
 """
 
 import importlib
 from collections.abc import Callable
 from functools import cache, wraps
-from types import ModuleType
-from typing import ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import structlog
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
+from generator_svc.engine.beams import Beams, Continuations, Rules, chosen
+
 log = structlog.get_logger(__name__)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+MOST_ROWS = 32  # of a document or a problem that one program takes
+MOST_TILE_BYTES = 8192  # of a document's rows of a head: with its keys they take 90 KiB, of 99 that some GPUs have
+
 _P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @cache
@@ -32,7 +38,7 @@ def usable(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     try:
-        compiled = _triton_kernels()
+        compiled: Any = importlib.import_module("generator_svc.engine.triton_kernels")
         x_RD, weight_D = torch.ones(1, 16, device=device), torch.ones(16, device=device)
         torch.testing.assert_close(compiled.add_norm(x_RD, x_RD, weight_D, weight_D, 1e-5)[0], weight_D)
     except Exception as error:  # noqa: BLE001  whatever it is, torch's own kernels do the same
@@ -46,38 +52,47 @@ def usable(device: torch.device) -> bool:
     return True
 
 
-def _triton_kernels() -> ModuleType:
-    return importlib.import_module("generator_svc.engine.triton_kernels")
+def _is_float(of_rows: Tensor, *_: Any) -> bool:
+    return of_rows.dtype in DTYPES
 
 
-def _any_size(_: Tensor) -> bool:
-    return True
-
-
-def _few_rows(of_documents: Tensor) -> bool:
+def _few_rows(of_documents: Tensor, *_: Any) -> bool:
     """Whether a document's (rows of) heads fit the registers and the shared memory that one program has."""
-    return of_documents.shape[1] <= 32 and of_documents.shape[-1] <= 128
+    rows, width = of_documents.shape[1], of_documents.shape[-1]
+    tile_bytes = (1 << (rows - 1).bit_length()) * (1 << (width - 1).bit_length()) * of_documents.itemsize
+    return _is_float(of_documents) and rows <= MOST_ROWS and width <= 128 and tile_bytes <= MOST_TILE_BYTES
 
 
-def _by_triton(fits: Callable[[Tensor], bool]) -> Callable[[Callable[_P, Tensor]], Callable[_P, Tensor]]:
-    """Leaves the work to the Triton kernel of the same name where the first argument allows it."""
+def _few_continuations(scores_PKV: Tensor, _: Tensor, count: int) -> bool:
+    return scores_PKV.dtype == torch.float32 and scores_PKV.shape[1] <= MOST_ROWS and count <= 2 * MOST_ROWS
 
-    def either(reference: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+
+def _few_beams(beams: Beams, found: Continuations, *_: Any) -> bool:
+    return beams.open_scores.shape[1] <= MOST_ROWS and found.scores.shape[1] <= 2 * MOST_ROWS
+
+
+def _by_triton(
+    fits: Callable[..., bool], module: str = "triton_kernels"
+) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Leaves the work to the Triton kernel of the same name where the arguments allow it."""
+
+    def either(reference: Callable[_P, _R]) -> Callable[_P, _R]:
         @wraps(reference)
-        def chosen(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
-            first = args[0]
-            assert isinstance(first, Tensor)  # noqa: S101
-            if first.is_cuda and first.dtype in DTYPES and fits(first) and usable(first.device):
-                made: Tensor = getattr(_triton_kernels(), reference.__name__)(*args, **kwargs)
+        def by_device(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            first: Any = args[0]
+            device = (first if isinstance(first, Tensor) else first[0]).device
+            if device.type == "cuda" and fits(*args, **kwargs) and usable(device):
+                compiled = importlib.import_module(f"generator_svc.engine.{module}")
+                made: _R = getattr(compiled, reference.__name__)(*args, **kwargs)
                 return made
             return reference(*args, **kwargs)
 
-        return chosen
+        return by_device
 
     return either
 
 
-@_by_triton(_any_size)
+@_by_triton(_is_float)
 def add_norm(x_RD: Tensor, residual_RD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
     """Layer normalisation of a sum, (R, D): the sum in its own dtype, its normalisation in float32."""
     return layer_norm(x_RD + residual_RD, weight_D.shape, weight_D, bias_D, eps)
@@ -117,16 +132,41 @@ def attend_to_source(q_NKHE: Tensor, cross_2NHSE: Tensor, lengths_N: Tensor) -> 
     return attended_NHKE.masked_fill(is_empty_N111, 0.0).transpose(1, 2)
 
 
-@_by_triton(_any_size)
+@_by_triton(_is_float)
 def log_normalizer(logits_RV: Tensor) -> Tensor:
     """log Σ_v exp(logits), (R,) float32. Rows may lie apart, as those of a wider tensor do."""
     return logits_RV.float().logsumexp(-1)
 
 
-@_by_triton(_any_size)
+@_by_triton(_is_float)
 def marginalize(logits_QNKV: Tensor, shift_QNK: Tensor) -> Tensor:
     """log Σ_n exp(logits + shift), (Q, K, V) float32. Rows of logits may lie apart, as those of a wider tensor do.
 
     With log p(z|x) less the normaliser as (float32) shift, this is RAG-Token's log p(y_t | x, y_<t).
     """
     return (logits_QNKV.float() + shift_QNK[..., None]).logsumexp(1)
+
+
+@_by_triton(_few_continuations, "triton_search")
+def best_continuations(scores_PKV: Tensor, beam_scores_PK: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best sums of a beam's score and a token's, best first: (P, count) scores, rows and tokens."""
+    totals_PKV = scores_PKV + beam_scores_PK[:, :, None]
+    scores, places = totals_PKV.flatten(1).topk(count)
+    vocabulary = scores_PKV.shape[2]
+    return scores, places // vocabulary, places % vocabulary
+
+
+@_by_triton(_few_beams, "triton_search")
+def keep_beams(beams: Beams, found: Continuations, alive_P: Tensor, length: int, rules: Rules) -> Tensor:
+    """:func:`generator_svc.engine.beams.chosen` in place. A problem that is not alive stays as it is.
+
+    Args:
+        alive_P: bool; a problem that does not go on leaves it.
+
+    Returns: (P, K) the row that each beam continues.
+    """
+    after, parents_PK, goes_on_P = chosen(beams, found, length, rules)
+    for kept, new in zip(beams, after, strict=True):
+        kept.copy_(torch.where(alive_P.view(-1, *[1] * (kept.dim() - 1)), new, kept))
+    alive_P &= goes_on_P
+    return parents_PK

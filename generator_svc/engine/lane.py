@@ -121,11 +121,9 @@ class Lane:
         self.cross, self.nodes = bart.caches(self.slots, source), bart.caches(self.slots, self.start(form.length))
         problems = questions if form.strategy == "token" else self.slots
         self._bart, self._search = bart, search(problems)
-        self._state: dict[str, Tensor] = {name: getattr(self._search, name) for name in self._search.STATE}
-        self._initial = {name: tensor.clone() for name, tensor in self._state.items()}
-        self._start_P = self._search.tokens
-        self._tokens_PK = torch.zeros(problems, form.rows, dtype=torch.int64, device=device)
+        self._initial = [kept.clone() for kept in self._search.state]
         self.visible_PKC = torch.zeros(problems, form.rows, self.nodes[0].shape[3], dtype=torch.bool, device=device)
+        self._itself_KK = torch.eye(form.rows, dtype=torch.bool, device=device)
         self._alive_P = torch.zeros(problems, dtype=torch.bool, device=device)
         self.lengths_N = torch.zeros(self.slots, dtype=torch.int32, device=device)
         self._log_prior = torch.zeros(questions, form.documents, 1, device=device)
@@ -197,16 +195,14 @@ class Lane:
                 "step_not_captured", error=str(error), advice="steps of this form are launched kernel by kernel"
             )
             self._memory = None
-            for name, kept in self._state.items():
-                setattr(self._search, name, kept)
         else:
             self._graphs[length] = graph
 
     def _run(self, length: int) -> None:
         """What is captured. No shape depends on what comes in, and nothing is read back."""
         if length == 1:
-            for name, initial in self._initial.items():
-                self._state[name].copy_(initial)
+            for kept, initial in zip(self._search.state, self._initial, strict=True):
+                kept.copy_(initial)
             self.visible_PKC.zero_()
             self.visible_PKC[:, :, 0] = True
         scores = self.scores(length)
@@ -218,7 +214,7 @@ class Lane:
     def scores(self, length: int) -> Scores:
         """What may follow hypotheses of this length: one pass of the decoder over their last nodes."""
         bart, form = self._bart, self.form
-        tokens_PK = self._start_P[:, None] if length == 1 else self._tokens_PK
+        tokens_PK = self._search.open[:, : 1 if length == 1 else None, length - 1]
         each = self.slots // len(tokens_PK)
         tokens_R = tokens_PK[:, None].expand(-1, each, -1).flatten()
         depths_R = torch.full_like(tokens_R, length - 1)
@@ -235,20 +231,14 @@ class Lane:
 
     def _choose(self, length: int, scores: Scores) -> None:
         """The search, and what it means for the next step."""
-        search, rows = self._search, self.form.rows
+        rows, search = self.form.rows, self._search
         search.length = length
-        going_P = search.choose(scores.scores, scores.shares)
-        for name, kept in self._state.items():
-            alive = self._alive_P.view(-1, *[1] * (kept.dim() - 1))
-            kept.copy_(torch.where(alive, getattr(search, name), kept))
-            setattr(search, name, kept)
-        self._tokens_PK.copy_(search.tokens.view(self._tokens_PK.shape))
-        self._alive_P.logical_and_(going_P)
+        parents_PK = search.choose_in_place(scores.scores, scores.shares, self._alive_P)
         if length + 1 < self.form.length:
             new = slice(self.start(length + 1), self.start(length + 1) + rows)
-            if rows > 1:
-                self.visible_PKC.copy_(self.visible_PKC.take_along_dim(search.parents[:, :, None], 1))
-            self.visible_PKC[:, :, new] = torch.eye(rows, dtype=torch.bool, device=going_P.device)
+            if parents_PK is not None:
+                self.visible_PKC.copy_(self.visible_PKC.take_along_dim(parents_PK[:, :, None], 1))
+            self.visible_PKC[:, :, new] = self._itself_KK
 
     def start(self, length: int) -> int:
         """The place of the first of the nodes that end hypotheses of this length: so many are before them."""

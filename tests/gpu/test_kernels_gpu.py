@@ -8,6 +8,7 @@ from torch import Tensor
 
 from generator_svc.engine import kernels
 from tests.kernel_cases import ATTENTION, REAL, SMALL, arguments, check
+from tests.search_cases import BEST, REAL_BEST, REAL_SEARCHES, SEARCHES, check_best, check_search
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,6 +33,16 @@ def test_triton_computes_what_torch_does(kernel: str, sizes: dict[str, int], dty
     check(kernel, dtype, DEVICE, sizes)
 
 
+@pytest.mark.parametrize("sizes", BEST + REAL_BEST, ids=str)
+def test_triton_finds_the_continuations_that_torch_finds(sizes: dict[str, int]) -> None:
+    check_best(DEVICE, sizes)
+
+
+@pytest.mark.parametrize("sizes", SEARCHES + REAL_SEARCHES, ids=str)
+def test_a_search_by_triton_goes_the_way_of_one_by_torch(sizes: dict[str, Any]) -> None:
+    check_search(DEVICE, sizes)
+
+
 @pytest.mark.parametrize(("kernel", "sizes"), REAL, ids=str)
 def test_a_captured_kernel_reads_what_has_come_since(kernel: str, sizes: dict[str, int]) -> None:
     def run(values: list[Any]) -> Tensor:
@@ -50,7 +61,7 @@ def test_a_captured_kernel_reads_what_has_come_since(kernel: str, sizes: dict[st
 
 
 @pytest.mark.parametrize("kernel", ATTENTION)
-@pytest.mark.parametrize(("rows", "width"), [(33, 64), (4, 130)])
+@pytest.mark.parametrize(("rows", "width"), [(33, 64), (4, 130), (32, 128)])
 def test_more_than_a_program_holds_is_left_to_torch(kernel: str, rows: int, width: int) -> None:
     sizes = {"documents": 2, "rows": rows, "heads": 1, "width": width}
     sizes |= {"problems": 1, "start": 9} if kernel == "attend_to_nodes" else {"longest": 40}

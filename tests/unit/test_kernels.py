@@ -9,6 +9,7 @@ import multiprocessing
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,10 @@ from torch.nn.functional import layer_norm
 
 from generator_svc.engine import heads, kernels
 from generator_svc.engine.attention import attend
+from shared.schemas import Strategy
+from tests.compiled_kernels import SHARED_BYTES, compiled
 from tests.kernel_cases import ATTENTION, SMALL, arguments, check
+from tests.search_cases import BEST, SEARCHES, check_answers, check_best, check_search
 
 N, K, H, E = 4, 3, 2, 12
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -53,6 +57,41 @@ def test_triton_computes_what_torch_does(
     interpreter: ProcessPoolExecutor, kernel: str, dtype: torch.dtype, sizes: dict[str, int]
 ) -> None:
     interpreter.submit(check, kernel, dtype, "cpu", sizes).result()
+
+
+@pytest.mark.parametrize("sizes", BEST, ids=str)
+def test_triton_finds_the_continuations_that_torch_finds(
+    interpreter: ProcessPoolExecutor, sizes: dict[str, int]
+) -> None:
+    interpreter.submit(check_best, "cpu", sizes).result()
+
+
+@pytest.mark.parametrize("sizes", SEARCHES, ids=str)
+def test_a_search_by_triton_goes_the_way_of_one_by_torch(
+    interpreter: ProcessPoolExecutor, sizes: dict[str, Any]
+) -> None:
+    interpreter.submit(check_search, "cpu", sizes).result()
+
+
+@pytest.mark.parametrize("strategy", ["token", "sequence"])
+def test_questions_in_step_by_triton_are_answered_as_each_by_itself(
+    interpreter: ProcessPoolExecutor, strategy: Strategy
+) -> None:
+    interpreter.submit(check_answers, strategy).result()
+
+
+@pytest.mark.parametrize("capability", [89, 90])
+def test_every_kernel_compiles_for_gpus_that_are_not_here(capability: int) -> None:
+    """As it is launched for BART's shapes, with no more shared memory than a program may have."""
+    pytest.importorskip("triton")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(compiled, capability).result()
+    names = {name for name, _ in found}
+    assert names == {
+        "_add_norm", "_attend_to_nodes", "_attend_to_source", "_log_sum", "_marginalize",
+        "_best_of_pieces", "_best_of_problem", "_keep_beams",
+    }  # fmt: skip
+    assert max(shared for _, shared in found) <= SHARED_BYTES[capability]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
