@@ -17,6 +17,19 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from generator_svc.engine.cache import DocumentCache, alike, runs
 
+# oneDNN makes half a megabyte of code for every form of a product of bfloat16 that it meets, and keeps a thousand of
+# them. So on a CPU a row meets few: keys in multiples of this number, and documents in powers of two.
+WIDTHS = 32
+
+
+def widened(keys: int, like: Tensor) -> int:
+    """So many keys as rows of this kind attend to, the last of them masked."""
+    return -(-keys // WIDTHS) * WIDTHS if _makes_code(like) else keys
+
+
+def _makes_code(like: Tensor) -> bool:
+    return like.device.type == "cpu" and like.dtype == torch.bfloat16
+
 
 class Rows:
     """The rows of neighbouring documents, ``counts`` of each, packed or padded."""
@@ -42,22 +55,38 @@ class Rows:
 
 def attend(q_NHME: Tensor, k_NHSE: Tensor, v_NHSE: Tensor, mask: Tensor | None) -> Tensor:
     """(N, H, M, E). ``mask``: 0 or -inf, to be added."""
-    if q_NHME.shape[2] == 1 and q_NHME.device.type == "cpu":
-        # torch's kernel for CPUs is made for many rows: for one it takes two (float32) to six (bfloat16) times as long
-        scores = torch.matmul(q_NHME, k_NHSE.transpose(2, 3)).float() * q_NHME.shape[3] ** -0.5
-        weights = (scores if mask is None else scores + mask).softmax(-1)
-        return torch.matmul(weights.to(v_NHSE.dtype), v_NHSE)
-    return scaled_dot_product_attention(q_NHME, k_NHSE, v_NHSE, attn_mask=mask)
+    if q_NHME.shape[2] > 1 or q_NHME.device.type != "cpu":
+        return scaled_dot_product_attention(q_NHME, k_NHSE, v_NHSE, attn_mask=mask)
+    parts = powers_of_two(len(q_NHME)) if _makes_code(q_NHME) else [slice(None)]
+    masks = [None if mask is None else mask[part] for part in parts]
+    found = [
+        _attend_with_one_row(q_NHME[part], k_NHSE[part], v_NHSE[part], mask)
+        for part, mask in zip(parts, masks, strict=True)
+    ]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def length_mask(lengths: Sequence[int], like: Tensor) -> Tensor | None:
-    """(N, 1, 1, S), what of the padded positions is there; None where all is."""
-    longest = max(lengths)
-    if min(lengths) == longest:
+def _attend_with_one_row(q_NH1E: Tensor, k_NHSE: Tensor, v_NHSE: Tensor, mask: Tensor | None) -> Tensor:
+    """torch's kernel for CPUs is made for many rows: for one it takes two (float32) to six (bfloat16) times as long."""
+    scores = torch.matmul(q_NH1E, k_NHSE.transpose(2, 3)).float() * q_NH1E.shape[3] ** -0.5
+    weights = (scores if mask is None else scores + mask).softmax(-1)
+    return torch.matmul(weights.to(v_NHSE.dtype), v_NHSE)
+
+
+def powers_of_two(count: int) -> list[slice]:
+    """Neighbours, as many together as a power of two, the most first."""
+    sizes = [1 << bit for bit in reversed(range(count.bit_length())) if count >> bit & 1]
+    return [slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
+
+
+def length_mask(lengths: Sequence[int], like: Tensor, width: int = 0) -> Tensor | None:
+    """(N, 1, 1, S), what of the padded positions is there, of `width` or of the longest; None where all is."""
+    width = width or max(lengths)
+    if min(lengths) == width:
         return None
     ends = torch.tensor(lengths, device=like.device)
-    hidden = torch.arange(longest, device=like.device) >= ends[:, None]
-    return like.new_zeros(len(lengths), 1, 1, longest).masked_fill_(hidden[:, None, None], -torch.inf)
+    hidden = torch.arange(width, device=like.device) >= ends[:, None]
+    return like.new_zeros(len(lengths), 1, 1, width).masked_fill_(hidden[:, None, None], -torch.inf)
 
 
 def _device_of(visible: Sequence[Tensor | None]) -> torch.device:
@@ -93,10 +122,11 @@ class Segment:
         self._slots = slice(documents[0].slot, documents[-1].slot + 1)
         like = self._group.cross[0]
         self._rows = Rows(counts, like.device)
-        self._source = max(document.length for document in documents)
-        self._source_mask = length_mask([document.length for document in documents], like)
+        lengths = [document.length for document in documents]
+        self._source = widened(max(lengths), like)
+        self._source_mask = length_mask(lengths, like, self._source)
         seen = [(document.size if kept else 0) + n for document, n in zip(documents, counts, strict=True)]
-        self._seen = max(seen)
+        self._seen = widened(max(seen), like) if kept else max(seen)
         self._mask = self._node_mask(seen, visible, like)
         if kept:
             self._group.reserve(self._seen)

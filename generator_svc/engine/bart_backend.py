@@ -129,7 +129,7 @@ class BartBackend:
     ) -> list[dict[tuple[int, ...], Tensor]]:
         """For each document log p(y_t | x, z, y_<t) of its answers, (T,) each."""
         of_documents = [tuple(map(_key, rows)) for rows in answers]
-        tries = {rows: Trie.of(rows) for rows in of_documents if rows}  # documents may share one
+        tries = {rows: Trie.of(rows) for rows in set(of_documents) if rows}  # documents may share one
         asked = [at for at, rows in enumerate(of_documents) if rows]
         edges = iter(score(self._bart, [documents[at] for at in asked], [tries[of_documents[at]] for at in asked]))
         return [

@@ -18,7 +18,16 @@ from transformers import BartForConditionalGeneration
 from transformers.activations import GELUActivation
 
 from generator_svc.engine import kernels
-from generator_svc.engine.attention import Attention, Rows, Segments, attend, length_mask, row_order, slot_order
+from generator_svc.engine.attention import (
+    Attention,
+    Rows,
+    Segments,
+    attend,
+    length_mask,
+    row_order,
+    slot_order,
+    widened,
+)
 from generator_svc.engine.cache import (
     FIRST_NODES,
     KEPT_PADDING,
@@ -229,8 +238,10 @@ class Bart:
         documents: dict[int, DocumentCache] = {}
         for together in alike([len(context) for context in ordered], *(KEPT_PADDING if self.on_cpu else ())):
             lengths = [len(context) for context in ordered[together]]
-            slots, capacity = len(lengths), min(nodes, FIRST_NODES)
-            group = Group(self.caches(slots, max(lengths)), self.caches(slots, capacity))
+            source, first_nodes = (
+                widened(keys, self.decoder_embed) for keys in (max(lengths), min(nodes, FIRST_NODES))
+            )
+            group = Group(self.caches(len(lengths), source), self.caches(len(lengths), first_nodes))
             made = [DocumentCache(group, slot, length) for slot, length in enumerate(lengths)]
             if self.on_cpu:
                 for chunk in chunks(lengths, CPU_PREFILL_TOKENS):

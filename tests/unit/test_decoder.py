@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import RagTokenForGeneration
 
 from generator_svc.engine import Evidence, RagEngine
+from generator_svc.engine.attention import attend
 from generator_svc.engine.cache import DocumentCache
 from generator_svc.engine.decoder import Bart, rounded
 from generator_svc.engine.decoding import score
@@ -270,3 +271,41 @@ def test_products_of_many_sizes_hold_little() -> None:
     """oneDNN keeps code for each number of rows: for these it held 400 MB and more."""
     done = subprocess.run([sys.executable, "-c", HELD_BY_PRODUCTS], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 150
+
+
+HELD_BY_ANSWERS = """
+import random
+import psutil, torch
+from generator_svc.engine import RagEngine
+from tests.parity import in_memory
+from tests.tiny_checkpoint import tiny_model
+engine, rng, process = RagEngine(in_memory(tiny_model(eos_bias=-30.0).bfloat16())), random.Random(0), psutil.Process()
+def ask():
+    tasks = []
+    for _ in range(rng.randint(1, 4)):
+        documents = [torch.randint(5, 300, (rng.randint(20, 120),)) for _ in range(5)]
+        strategy, tokens = rng.choice(["token", "sequence"]), rng.randint(5, 60)
+        tasks.append(engine.task(documents, torch.zeros(5), strategy=strategy, max_new_tokens=tokens))
+    engine.run(tasks)
+ask()
+before = process.memory_info().rss
+for _ in range(60):
+    ask()
+print((process.memory_info().rss - before) >> 20)
+"""
+
+
+def test_answers_of_many_lengths_in_bfloat16_hold_little() -> None:
+    """oneDNN keeps code for each number of documents and of keys: for these it held 530 MB."""
+    done = subprocess.run([sys.executable, "-c", HELD_BY_ANSWERS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 250
+
+
+@pytest.mark.parametrize("documents", [1, 2, 3, 7, 20])
+def test_documents_attend_in_powers_of_two_as_each_by_itself(documents: int) -> None:
+    generator = torch.Generator().manual_seed(documents)
+    q, k, v = (torch.randn(documents, 2, keys, 8, generator=generator).bfloat16() for keys in (1, 32, 32))
+    mask = torch.zeros(documents, 1, 1, 32).masked_fill(torch.rand(documents, 1, 1, 32) < 0.3, -torch.inf).bfloat16()
+    found = attend(q, k, v, mask)
+    expected = attend(q.float(), k.float(), v.float(), mask.float())
+    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
