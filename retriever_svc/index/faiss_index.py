@@ -17,7 +17,14 @@ from retriever_svc.devices import CUDA_MAX_HITS, Device, GpuStorage
 from retriever_svc.index import cagra
 from retriever_svc.index.building import EMBEDDINGS, INDEX
 from retriever_svc.index.huge_pages import to_huge_pages
-from retriever_svc.index.kinds import checked, core_of, empty_index, reason_of, recipe
+from retriever_svc.index.kinds import (
+    CUDA_FLOAT32_SUBQUANTIZERS,
+    checked,
+    core_of,
+    empty_index,
+    reason_of,
+    recipe,
+)
 from retriever_svc.index.vectors import MappedVectors
 from shared.errors import InvalidRequest, StartupError
 from shared.retrieval import Float32Array, Int64Array
@@ -126,7 +133,7 @@ class Index:
                 self._searcher = faiss.GpuIndexFlatIP(resources, self._host, config)
             else:
                 options = faiss.GpuClonerOptions()
-                options.useFloat16 = half
+                options.useFloat16 = half or _needs_half_tables(self._core)
                 options.allowCpuCoarseQuantizer = True
                 self._searcher = faiss.index_cpu_to_gpu(resources, 0, self._host, options)
         except RuntimeError as error:
@@ -223,6 +230,11 @@ def check_params_of_kind(kind: str, dimension: int, params: SearchParams | None)
 def _candidates_of_lists(core: Any) -> int | None:
     lists = faiss.downcast_index(core.quantizer) if isinstance(core, faiss.IndexIVF) else None
     return int(lists.hnsw.efSearch) if isinstance(lists, faiss.IndexHNSW) else None
+
+
+def _needs_half_tables(core: Any) -> bool:
+    """Whether a GPU has no room for what faiss looks codes of this length up in, unless it is float16."""
+    return isinstance(core, faiss.IndexIVFPQ) and core.pq.M > CUDA_FLOAT32_SUBQUANTIZERS
 
 
 def use_threads(threads: int) -> int:

@@ -51,6 +51,11 @@ def subquantizers(dimension: int) -> int:
     return max(m for m in range(1, max(2, dimension // 6) + 1) if dimension % m == 0)
 
 
+# Of a vector's code, what faiss searches on a GPU (its gpu/impl/IVFPQ.cu), where it looks up float16; in float32 half.
+CUDA_SUBQUANTIZERS = {1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96}
+CUDA_FLOAT32_SUBQUANTIZERS = 48
+
+
 def _probes(count: int) -> int:
     """An eighth of the lists, 8 at least."""
     return min(lists_of(count), max(8, lists_of(count) // 8))

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from retriever_svc.index.building import LARGEST_SAMPLE, LEAST_SAMPLE, SAMPLE_A_CODE, SAMPLE_A_LIST, SAVE_EVERY_S
-from retriever_svc.index.kinds import HNSW_CONSTRUCTION, PRESETS, lists_of, subquantizers
+from retriever_svc.index.kinds import CUDA_SUBQUANTIZERS, HNSW_CONSTRUCTION, PRESETS, lists_of, subquantizers
 from retriever_svc.index.probe import ROWS, Probe
 from retriever_svc.text_file import offsets_bytes
 
@@ -25,7 +25,7 @@ PROCESS_BYTES = 110e6  # the service without a collection, what no file backs
 IDS_BYTES = 17  # id, its place in the order of ids, and whether it is alive
 GRAPH_LINKS = 128
 COARSE_LINKS = 32
-ON_CUDA = {"flat", "flat-fp16", "sq8", "ivf-flat", "ivf-pq"}
+ON_CUDA = {"flat", "flat-fp16", "sq8", "ivf-flat"}  # and ivf-pq, if its codes are of a length that faiss knows there
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class Need:
     build_s: float
     query_s: float
     recall: float
+
+
+def goes_to_cuda(kind: str, dimension: int) -> bool:
+    return kind in ON_CUDA or (kind == "ivf-pq" and subquantizers(dimension) in CUDA_SUBQUANTIZERS)
 
 
 def index_bytes(kind: str, count: int, dimension: int) -> float:
@@ -83,7 +87,7 @@ def needs(
         yield Need(
             kind,
             ram=size + count * IDS_BYTES + PROCESS_BYTES,
-            vram=size if kind in ON_CUDA else None,
+            vram=size if goes_to_cuda(kind, dimension) else None,
             cached=own + texts,
             disk=size + own + texts + count * probe.table_row_bytes,
             build_s=costs.build_s(size),

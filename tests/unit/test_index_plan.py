@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retriever_svc.index import INDEX, PRESETS
-from retriever_svc.index.plan import Need, choose, index_bytes, needs, visited
+from retriever_svc.index.plan import Need, choose, goes_to_cuda, index_bytes, needs, visited
 from retriever_svc.index.probe import Probe
 from tests.retriever_data import random_embeddings, write_index
 
@@ -29,6 +29,10 @@ def test_every_preset_is_planned_and_grows_with_the_corpus() -> None:
         assert b.disk > 50 * a.disk
         assert b.build_s > a.build_s
         assert b.query_s > a.query_s
+
+
+def test_codes_longer_than_faiss_searches_on_a_gpu_are_planned_for_the_cpu() -> None:
+    assert [goes_to_cuda("ivf-pq", dimension) for dimension in (384, 768)] == [True, False]
 
 
 def test_a_graph_visits_no_more_than_it_holds_and_in_the_end_a_number() -> None:
