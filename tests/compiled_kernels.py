@@ -1,15 +1,12 @@
 """Triton's kernels compiled for a GPU that is not here: its compiler needs a device for nothing else."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
-from generator_svc.engine import triton_kernels, triton_search
 from tests.kernel_cases import REAL, arguments
 from tests.search_cases import REAL_BEST, REAL_SEARCHES, Steps
 
@@ -17,27 +14,25 @@ SHARED_BYTES = {89: 99 * 1024, 90: 227 * 1024}
 """What a program may have, by compute capability: CUDA C++ Programming Guide, "Technical Specifications"."""
 
 
-class _Absent:
-    """Stands for the driver of a GPU of this compute capability."""
-
-    def __init__(self, capability: int) -> None:
-        self._capability = capability
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self._capability, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _: int) -> int:
-        return 0
-
-
 def compiled(capability: int) -> list[tuple[str, int]]:
     """Every kernel as it is launched for BART's shapes: its name, and the bytes of shared memory that it takes.
 
     To be called once a process.
     """
+    # here, since there is no Triton for every system
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
+    from triton.runtime import driver  # noqa: PLC0415
+    from triton.runtime.jit import JITFunction  # noqa: PLC0415
+
+    from generator_svc.engine import triton_kernels, triton_search  # noqa: PLC0415
+
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", capability, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda _: 0,
+        )
+    )
     found: list[tuple[str, int]] = []
 
     def launch(kernel: Any, grid: Any) -> Callable[..., None]:
@@ -47,7 +42,6 @@ def compiled(capability: int) -> list[tuple[str, int]]:
 
         return compile_only
 
-    driver.set_active(_Absent(capability))
     with patch.object(JITFunction, "__getitem__", launch):
         for kernel, sizes in REAL:
             for dtype in (torch.float32, torch.bfloat16):
