@@ -14,8 +14,8 @@ SHARED_BYTES = {89: 99 * 1024, 90: 227 * 1024}
 """What a program may have, by compute capability: CUDA C++ Programming Guide, "Technical Specifications"."""
 
 
-def compiled(capability: int) -> list[tuple[str, int]]:
-    """Every kernel as it is launched for BART's shapes: its name, and the bytes of shared memory that it takes.
+def compiled(capability: int) -> set[tuple[str, str, int]]:
+    """Every kernel as it is launched for BART's shapes: its name and digest, and the bytes of shared memory it takes.
 
     To be called once a process.
     """
@@ -33,12 +33,12 @@ def compiled(capability: int) -> list[tuple[str, int]]:
             get_current_stream=lambda _: 0,
         )
     )
-    found: list[tuple[str, int]] = []
+    found: set[tuple[str, str, int]] = set()
 
     def launch(kernel: Any, grid: Any) -> Callable[..., None]:
         def compile_only(*args: Any, **options: Any) -> None:
             made = kernel.run(*args, grid=grid, warmup=True, **options)
-            found.append((kernel.__name__, made.metadata.shared))
+            found.add((kernel.__name__, made.hash, made.metadata.shared))
 
         return compile_only
 

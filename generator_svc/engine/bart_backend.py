@@ -27,9 +27,9 @@ from generator_svc.engine.lanes import Lanes
 from generator_svc.engine.search import BeamSearch, RowSearch
 from generator_svc.engine.trie import Trie
 
-# What a batch's documents may hold on a CPU, where more questions at once gain little time: a step is bound by its
-# products from some ten rows on.
-CPU_HELD_BYTES = 160 * 2**20
+# Keys and values that a batch's documents may hold on a CPU, where more questions at once gain little time: a step is
+# bound by its products from some ten rows on.
+CPU_HELD_NUMBERS = 40 * 2**20
 
 
 class BartBackend:
@@ -49,7 +49,7 @@ class BartBackend:
         if not self._bart.on_cpu:
             return [slice(0, len(tasks))]
         held = [self._bart.source_bytes * sum(map(len, task.contexts)) for task in tasks]
-        return chunks(held, CPU_HELD_BYTES)
+        return chunks(held, CPU_HELD_NUMBERS * self._bart.dtype.itemsize)
 
     def use_lanes(self, *, capture: bool) -> None:
         self.lanes = Lanes(self._bart, self._search, capture=capture)

@@ -76,7 +76,7 @@ def attend_to_nodes(qkv_NK3HE: Tensor, nodes_2NHCE: Tensor, visible_PKC: Tensor,
             visible_PKC.stride(0),
             visible_PKC.stride(1),
             width**-0.5,
-            K=rows,
+            rows,
             H=heads,
             E=width,
             TILE_K=max(LEAST_TILE, triton.next_power_of_2(rows)),
@@ -88,7 +88,7 @@ def attend_to_nodes(qkv_NK3HE: Tensor, nodes_2NHCE: Tensor, visible_PKC: Tensor,
     return out_NKHE
 
 
-@triton.jit(do_not_specialize=["start"])
+@triton.jit(do_not_specialize=["start", "K"])
 def _attend_to_nodes(
     qkv_NK3HE: tl.tensor,
     keys_NHCE: tl.tensor,
@@ -101,7 +101,7 @@ def _attend_to_nodes(
     stride_p: tl.tensor,
     stride_k: tl.tensor,
     scale: tl.tensor,
-    K: tl.constexpr,
+    K: tl.tensor,
     H: tl.constexpr,
     E: tl.constexpr,
     TILE_K: tl.constexpr,
@@ -157,7 +157,7 @@ def attend_to_source(q_NKHE: Tensor, cross_2NHSE: Tensor, lengths_N: Tensor) -> 
             out_NKHE,
             cross_2NHSE.shape[3],
             width**-0.5,
-            K=rows,
+            rows,
             H=heads,
             E=width,
             TILE_K=max(LEAST_TILE, triton.next_power_of_2(rows)),
@@ -169,7 +169,7 @@ def attend_to_source(q_NKHE: Tensor, cross_2NHSE: Tensor, lengths_N: Tensor) -> 
     return out_NKHE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def _attend_to_source(
     q_NKHE: tl.tensor,
     keys_NHSE: tl.tensor,
@@ -178,7 +178,7 @@ def _attend_to_source(
     out_NKHE: tl.tensor,
     S: tl.tensor,
     scale: tl.tensor,
-    K: tl.constexpr,
+    K: tl.tensor,
     H: tl.constexpr,
     E: tl.constexpr,
     TILE_K: tl.constexpr,
@@ -295,8 +295,8 @@ def marginalize(logits_QNKV: Tensor, shift_QNK: Tensor) -> Tensor:
             *logits_QNKV.stride()[:3],
             _readable(logits_QNKV),
             vocabulary,
-            N=documents,
-            K=rows,
+            documents,
+            rows,
             TILE_N=tile,
             TILE_V=of_vocabulary,
             num_warps=4,
@@ -304,7 +304,7 @@ def marginalize(logits_QNKV: Tensor, shift_QNK: Tensor) -> Tensor:
     return out_QKV
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K"])
 def _marginalize(
     logits_QNKV: tl.tensor,
     shift_QNK: tl.tensor,
@@ -314,8 +314,8 @@ def _marginalize(
     stride_k: tl.tensor,
     readable: tl.tensor,
     V: tl.tensor,
-    N: tl.constexpr,
-    K: tl.constexpr,
+    N: tl.tensor,
+    K: tl.tensor,
     TILE_N: tl.constexpr,
     TILE_V: tl.constexpr,
 ) -> None:

@@ -1,7 +1,8 @@
 """What the search does, in Triton, for CUDA: two functions of :mod:`generator_svc.engine.kernels`.
 
 A score and its place make one integer that orders as the scores do, so that finding the best of many is finding the
-greatest, and no two are equal.
+greatest, and no two are equal. How many beams, documents and continuations there are is no constant of a kernel:
+another number compiles nothing.
 
 Shapes: as there.
 """
@@ -36,8 +37,8 @@ def best_continuations(scores_PKV: Tensor, beam_scores_PK: Tensor, count: int) -
             keys,
             *scores_PKV.stride()[:2],
             vocabulary,
-            K=beams,
-            C=count,
+            beams,
+            count,
             TILE=min(PIECE, triton.next_power_of_2(vocabulary)),
             num_warps=4,
         )
@@ -48,14 +49,14 @@ def best_continuations(scores_PKV: Tensor, beam_scores_PK: Tensor, count: int) -
             tokens_PC,
             keys.shape[1],
             vocabulary,
-            C=count,
+            count,
             TILE=tile,
             num_warps=4 if tile <= 4096 else 16,
         )
     return scores_PC, parents_PC, tokens_PC
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "C"])
 def _best_of_pieces(
     scores_PKV: tl.tensor,
     beam_scores_PK: tl.tensor,
@@ -63,8 +64,8 @@ def _best_of_pieces(
     stride_p: tl.tensor,
     stride_k: tl.tensor,
     V: tl.tensor,
-    K: tl.constexpr,
-    C: tl.constexpr,
+    K: tl.tensor,
+    C: tl.tensor,
     TILE: tl.constexpr,
 ) -> None:
     """A program a piece of a row: its best C."""
@@ -79,7 +80,7 @@ def _best_of_pieces(
         tl.store(out + c, best)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "C"])
 def _best_of_problem(
     keys: tl.tensor,
     scores_PC: tl.tensor,
@@ -87,7 +88,7 @@ def _best_of_problem(
     tokens_PC: tl.tensor,
     count: tl.tensor,
     V: tl.tensor,
-    C: tl.constexpr,
+    C: tl.tensor,
     TILE: tl.constexpr,
 ) -> None:
     """A program a problem: the best C of all its pieces'."""
@@ -126,9 +127,9 @@ def keep_beams(beams: Beams, found: Continuations, alive_P: Tensor, length: int,
             longest,
             *rules.penalties(length),
             *found.shares.stride(),
-            N=beams.open_kept.shape[3],
-            K=rows,
-            C=count,
+            beams.open_kept.shape[3],
+            rows,
+            count,
             ENDS_EARLY=rules.early_stopping is True,
             TILE_K=triton.next_power_of_2(rows),
             TILE_C=triton.next_power_of_2(count),
@@ -139,7 +140,7 @@ def keep_beams(beams: Beams, found: Continuations, alive_P: Tensor, length: int,
     return parents_PK
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "L", "stride_n", "stride_p", "stride_c", "N", "K", "C"])
 def _keep_beams(
     open_PKL: tl.tensor,
     open_kept_PKLN: tl.tensor,
@@ -163,9 +164,9 @@ def _keep_beams(
     stride_n: tl.tensor,
     stride_p: tl.tensor,
     stride_c: tl.tensor,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    C: tl.constexpr,
+    N: tl.tensor,
+    K: tl.tensor,
+    C: tl.tensor,
     ENDS_EARLY: tl.constexpr,
     TILE_K: tl.constexpr,
     TILE_C: tl.constexpr,
@@ -289,7 +290,7 @@ def _done_score(
     c: tl.tensor,
     there: tl.tensor,
     penalty: tl.tensor,
-    K: tl.constexpr,
+    K: tl.tensor,
 ) -> tl.tensor:
     """Of continuations as finished ones."""
     at = of_problem + tl.where(there, c, 0)

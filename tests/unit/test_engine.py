@@ -283,7 +283,7 @@ def test_neither_the_questions_nor_the_documents_that_run_together_change_an_ans
     together = engine.generate(*contexts, strategy=strategy, num_beams=num_beams, max_new_tokens=8)
     monkeypatch.setattr("generator_svc.engine.decoder.KEPT_PADDING", (1.0, 0))
     scattered = engine.generate(*contexts, strategy=strategy, num_beams=num_beams, max_new_tokens=8)
-    monkeypatch.setattr("generator_svc.engine.bart_backend.CPU_HELD_BYTES", 1)
+    monkeypatch.setattr("generator_svc.engine.bart_backend.CPU_HELD_NUMBERS", 1)
     apart = engine.generate(*contexts, strategy=strategy, num_beams=num_beams, max_new_tokens=8)
     for other in (scattered, apart):
         assert other.sequences.tolist() == together.sequences.tolist()
