@@ -238,11 +238,15 @@ class Writer:
         log.info("serving", **fresh.info.model_dump())
 
     def _prune(self) -> None:
-        """Remove generations beyond those to keep, and the changes that none of the others needs."""
+        """Remove generations beyond those to keep, and the changes that none of the others needs.
+
+        What serves stays, and what the next start will serve, which another process may have chosen.
+        """
         found = self.generations()
-        kept = [name for name, _ in found][: self._keep]
+        kept = {name for name, _ in found[: self._keep]} | {self.collection.generation}
+        kept.add(gen.current_generation(self.collection.folder).name)
         for name, _ in found:
-            if name not in kept and name != self.collection.generation:
+            if name not in kept:
                 folder = self.collection.folder / gen.GENERATIONS
                 # Out of sight in one step: what a crash leaves of it, the next build removes.
                 leaving = (folder / name).rename(folder / f"{TEMPORARY}{name}")

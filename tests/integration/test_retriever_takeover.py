@@ -130,6 +130,28 @@ async def test_a_corpus_that_was_built_meanwhile_is_not_overruled_by_a_rebuild(
         assert (await http.post("/v1/collections/news/reload")).json()["count"] == 7
 
 
+async def test_what_another_process_made_current_is_not_removed_as_too_old(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generations, old = folder / gen.GENERATIONS, "20000101T000000-000000"
+    (generations / corpus(folder, n=7)).rename(generations / old)
+    for _ in range(2):
+        corpus(folder)
+    build = Writer._built
+
+    async def beside_a_rollback(*given: Any) -> str:
+        name = await build(*given)
+        gen.set_current(folder, old)
+        return name
+
+    monkeypatch.setattr(Writer, "_built", beside_a_rollback)
+    async with serving(app_of(folder, keep_generations=2)) as http:
+        job = await built(http)
+        assert job["status"] == "done", job
+        assert gen.current_generation(folder).name == old
+        assert (await http.post("/v1/collections/news/reload")).json()["count"] == 7
+
+
 def test_a_rebuild_ends_when_nobody_waits_for_it(folder: Path) -> None:
     generation = corpus(folder)
     command = [sys.executable, "-m", "retriever_svc.rebuild", str(folder), generation, "0"]
