@@ -101,19 +101,18 @@ class Steps:
         return self.search.choose_in_place(log_probs_RV, lambda rows, tokens: shares_NRV[:, rows, tokens], self.alive_P)
 
 
-def check_search(device: str, sizes: dict[str, Any], columns: int = 8) -> None:
-    """Few columns at a time: hypotheses take several turns.
+def check_search(device: str, sizes: dict[str, Any], columns: int) -> None:
+    """With so many columns of hypotheses moved at once: with few they take several turns.
 
     Raises:
     AssertionError: a search by Triton goes another way than one by torch.
     """
     compiled: Any = importlib.import_module("generator_svc.engine.triton_search")
-    compiled.COLUMNS = columns
     by_torch, by_triton = Steps("cpu", **sizes), Steps(device, **sizes)
     for _ in range(sizes["max_length"] - 1):
         expected = by_torch.step()
         # in the interpreter tensors lie on the CPU, and torch would be chosen
-        with patch.multiple(kernels, **of_triton()):
+        with patch.multiple(kernels, **of_triton()), patch.object(compiled, "COLUMNS", columns):
             found = by_triton.step()
         alive_P = by_torch.alive_P
         assert torch.equal(by_triton.alive_P.cpu(), alive_P)

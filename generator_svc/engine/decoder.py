@@ -238,9 +238,8 @@ class Bart:
         documents: dict[int, DocumentCache] = {}
         for together in alike([len(context) for context in ordered], *(KEPT_PADDING if self.on_cpu else ())):
             lengths = [len(context) for context in ordered[together]]
-            source, first_nodes = (
-                widened(keys, self.decoder_embed) for keys in (max(lengths), min(nodes, FIRST_NODES))
-            )
+            source = widened(max(lengths), self.decoder_embed)
+            first_nodes = widened(min(nodes, FIRST_NODES), self.decoder_embed)
             group = Group(self.caches(len(lengths), source), self.caches(len(lengths), first_nodes))
             made = [DocumentCache(group, slot, length) for slot, length in enumerate(lengths)]
             if self.on_cpu:

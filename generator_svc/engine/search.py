@@ -9,8 +9,8 @@ processors and stopping criteria are used as they are. A problem that is finishe
 what they hold, so that it can be captured (:mod:`generator_svc.engine.lane`). ``advance`` reads who is finished and
 lets it go.
 
-Shapes: G problems, K rows (beams, or samples) of a problem, R rows of all problems that go on, V vocabulary, T tokens,
-N documents whose share in each token is kept.
+Shapes: P problems, K rows (beams, or samples) of a problem, R rows of all problems that go on, C continuations that
+compete, V vocabulary, T tokens, L tokens at most, N documents whose share in each token is kept.
 """
 
 from collections.abc import Callable
@@ -215,8 +215,8 @@ class BeamSearch:
         scores, parents, tokens = kernels.best_continuations(
             scores_RV.view(problems, beams, -1), self._beams.open_scores, self._candidates
         )
-        first_rows = torch.arange(problems, device=parents.device)[:, None] * (1 if length == 1 else beams)
-        rows = first_rows.expand_as(parents) if length == 1 else first_rows + parents
+        of_problem = torch.arange(problems, device=parents.device)[:, None]
+        rows = of_problem.expand_as(parents) if length == 1 else of_problem * beams + parents
         return Continuations(scores, parents, tokens, self._stops(parents, tokens), shares(rows, tokens))
 
     def _stops(self, parents_PC: Tensor, tokens_PC: Tensor) -> Tensor:

@@ -17,14 +17,7 @@ from retriever_svc.devices import CUDA_MAX_HITS, Device, GpuStorage
 from retriever_svc.index import cagra
 from retriever_svc.index.building import EMBEDDINGS, INDEX
 from retriever_svc.index.huge_pages import to_huge_pages
-from retriever_svc.index.kinds import (
-    CUDA_FLOAT32_SUBQUANTIZERS,
-    checked,
-    core_of,
-    empty_index,
-    reason_of,
-    recipe,
-)
+from retriever_svc.index.kinds import CUDA_FLOAT32_SUBQUANTIZERS, checked, core_of, empty_index, reason_of, recipe
 from retriever_svc.index.vectors import MappedVectors
 from shared.errors import InvalidRequest, StartupError
 from shared.retrieval import Float32Array, Int64Array

@@ -38,9 +38,10 @@ def test_triton_finds_the_continuations_that_torch_finds(sizes: dict[str, int]) 
     check_best(DEVICE, sizes)
 
 
+@pytest.mark.parametrize("columns", [8, 64])
 @pytest.mark.parametrize("sizes", SEARCHES + REAL_SEARCHES, ids=str)
-def test_a_search_by_triton_goes_the_way_of_one_by_torch(sizes: dict[str, Any]) -> None:
-    check_search(DEVICE, sizes)
+def test_a_search_by_triton_goes_the_way_of_one_by_torch(sizes: dict[str, Any], columns: int) -> None:
+    check_search(DEVICE, sizes, columns)
 
 
 @pytest.mark.parametrize(("kernel", "sizes"), REAL, ids=str)

@@ -305,7 +305,8 @@ def test_answers_of_many_lengths_in_bfloat16_hold_little() -> None:
 def test_documents_attend_in_powers_of_two_as_each_by_itself(documents: int) -> None:
     generator = torch.Generator().manual_seed(documents)
     q, k, v = (torch.randn(documents, 2, keys, 8, generator=generator).bfloat16() for keys in (1, 32, 32))
-    mask = torch.zeros(documents, 1, 1, 32).masked_fill(torch.rand(documents, 1, 1, 32) < 0.3, -torch.inf).bfloat16()
+    hidden = torch.rand(documents, 1, 1, 32, generator=generator) < 0.3
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf).bfloat16()
     found = attend(q, k, v, mask)
     expected = attend(q.float(), k.float(), v.float(), mask.float())
     torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)

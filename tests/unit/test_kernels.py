@@ -71,7 +71,7 @@ def test_triton_finds_the_continuations_that_torch_finds(
 def test_a_search_by_triton_goes_the_way_of_one_by_torch(
     interpreter: ProcessPoolExecutor, sizes: dict[str, Any]
 ) -> None:
-    interpreter.submit(check_search, "cpu", sizes).result()
+    interpreter.submit(check_search, "cpu", sizes, 8).result()
 
 
 @pytest.mark.parametrize("strategy", ["token", "sequence"])
