@@ -102,6 +102,7 @@ gpu-check:  ## everything that runs on CUDA against the CPU, and beside its riva
 	  $(GPU_PYTHON) -W ignore -m benchmarks.retriever_gpu --count 100000 || failed=1; \
 	  $(GPU_PYTHON) -W ignore -m benchmarks.engine --device cuda --shape base large --batch 4 8 --beams 1 4 \
 	    --output benchmarks/results/engine_cuda.json || failed=1; \
+	  $(GPU_PYTHON) -W ignore -m benchmarks.decode_step --output benchmarks/results/decode_step_cuda.json || failed=1; \
 	else echo "torch sees no CUDA device here: the benchmarks beside the rivals need one"; fi; \
 	exit $$failed
 

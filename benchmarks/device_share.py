@@ -18,6 +18,8 @@ from torch import Tensor
 from benchmarks.machine import matrix_product_peak, median_time, memory_bandwidth, timed
 from benchmarks.models import SHAPES, Shape, random_inputs, random_rag
 from benchmarks.sides import N_DOCS, NEW_TOKENS, engine_of
+from generator_svc.engine import RagEngine
+from generator_svc.engine.backend import Task
 from generator_svc.engine.decoder import Bart
 from generator_svc.engine.lane import Lane, LaneDecoding
 
@@ -42,21 +44,27 @@ class DeviceShare:
     floor_s: float
 
 
-def device_share(shape_name: str, dtype_name: str, device: str, batch: int) -> DeviceShare:
-    shape, dtype = SHAPES[shape_name], getattr(torch, dtype_name)
-    engine = engine_of(random_rag(shape, dtype, device), device)
+def questions(shape_name: str, dtype_name: str, device: str, batch: int) -> tuple[RagEngine, list[Task]]:
+    """Random ones for RAG-Token with beams, which all answer with as many tokens, and an engine for them."""
+    shape = SHAPES[shape_name]
+    engine = engine_of(random_rag(shape, getattr(torch, dtype_name), device), device)
     inputs = random_inputs(shape, batch, N_DOCS, device)
-    lengths = [len(context) for context in inputs.contexts]
     options: dict[str, Any] = {
         "strategy": "token",
         "num_beams": BEAMS,
         "min_new_tokens": NEW_TOKENS,
         "max_new_tokens": NEW_TOKENS,
     }
-    tasks = [
+    return engine, [
         engine.task(inputs.contexts[at * N_DOCS : (at + 1) * N_DOCS], scores, **options)
         for at, scores in enumerate(inputs.doc_scores)
     ]
+
+
+def device_share(shape_name: str, dtype_name: str, device: str, batch: int) -> DeviceShare:
+    shape, dtype = SHAPES[shape_name], getattr(torch, dtype_name)
+    engine, tasks = questions(shape_name, dtype_name, device, batch)
+    lengths = [len(context) for task in tasks for context in task.contexts]
     prefill_s = median_time(lambda: engine.begin(tasks), device, 3)
     for _ in range(1 if device == "cpu" else 3):  # on CUDA a step is captured the second time
         running = []  # what ran before gives its tensors back
@@ -67,7 +75,7 @@ def device_share(shape_name: str, dtype_name: str, device: str, batch: int) -> D
             while not running[0].finished:
                 steps.append(timed(partial(engine.step, running), device))
     if isinstance(running[0], LaneDecoding):
-        passes = [_replayed_s(running[0].lane)]
+        passes = [replayed_s(decoder_graph(running[0].lane))]
     bandwidth = memory_bandwidth(device)
     return DeviceShare(
         shape=shape_name,
@@ -106,12 +114,16 @@ def _decoder_timed(passes: list[float], device: str) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _replayed_s(lane: Lane, times: int = 50) -> float:
-    """Of a lane's decoder and marginalisation half-way through an answer, as one graph."""
+def decoder_graph(lane: Lane) -> torch.cuda.CUDAGraph:
+    """A lane's decoder and marginalisation half-way through an answer."""
     graph = torch.cuda.CUDAGraph()
     lane.scores(NEW_TOKENS // 2)
     with torch.cuda.graph(graph):
         lane.scores(NEW_TOKENS // 2)
+    return graph
+
+
+def replayed_s(graph: torch.cuda.CUDAGraph, times: int = 50) -> float:
     graph.replay()
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     began.record()

@@ -217,6 +217,7 @@ class Stages:
 
     def warm_up(self) -> None:
         """Run every stage once, with the shortest and the longest context."""
+        self._engine.warm_up()
         longest = "and so on " * self._form.max_tokens
         self.encoder.encode(["?", longest])
         passages = [("", ""), ("", longest)]

@@ -4,7 +4,8 @@ Shapes: as in :mod:`generator_svc.engine.beams`.
 """
 
 import importlib
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +16,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from generator_svc.engine import RagEngine, kernels
 from generator_svc.engine.beams import REJECTED, Beams
+from generator_svc.engine.decoder import Affine, Norm
 from generator_svc.engine.search import BeamSearch
 from shared.schemas import Strategy
 from tests.parity import in_memory
@@ -142,15 +144,35 @@ def check_answers(strategy: Strategy) -> None:
     answers = []
     for engine in (ordinary, in_step):
         tasks = [engine.task(contexts[at : at + 2], torch.tensor([0.3, -0.2]), **rules) for at in (0, 2)]
-        with patch.multiple(kernels, **of_triton()) if engine is in_step else nullcontext():
+        with everything_by_triton() if engine is in_step else nullcontext():
             answers.append(engine.run(tasks))
     for expected, found in zip(*answers, strict=True):
         assert torch.equal(found.sequences, expected.sequences)
         torch.testing.assert_close(found.log_probs, expected.log_probs)
 
 
+@contextmanager
+def everything_by_triton() -> Iterator[None]:
+    """On a CPU, what a decoder leaves to Triton's kernels on CUDA, the products included."""
+
+    def affine(self: Affine, x: Tensor) -> Tensor:
+        return kernels.affine(x, self.weight, self.bias, self.gelu)
+
+    def after(self: Norm, affine: Affine, x: Tensor, residual: Tensor) -> Tensor:
+        return kernels.affine_norm(x, affine.weight, affine.bias, residual, self)
+
+    with (
+        patch.multiple(kernels, **of_triton()),
+        patch.object(Affine, "__call__", affine),
+        patch.object(Norm, "after", after),
+    ):
+        yield
+
+
 def of_triton() -> dict[str, Any]:
     """The functions of :mod:`generator_svc.engine.kernels`, by name, as Triton's kernels compute them."""
-    modules = [importlib.import_module(f"generator_svc.engine.triton_{name}") for name in ("kernels", "search")]
+    modules = [
+        importlib.import_module(f"generator_svc.engine.triton_{name}") for name in ("kernels", "products", "search")
+    ]
     names = [name for name, function in vars(kernels).items() if hasattr(function, "__wrapped__") and name != "usable"]
     return {name: getattr(module, name) for module in modules for name in names if hasattr(module, name)}

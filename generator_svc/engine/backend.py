@@ -74,6 +74,9 @@ class Decoding(Protocol):
 
 
 class Backend(Protocol):
+    def warm_up(self) -> None:
+        """What is done once, before the first question."""
+
     def together(self, tasks: Sequence[Task]) -> Iterable[slice]:
         """Which of a batch's questions best run together, from beginning to end."""
 

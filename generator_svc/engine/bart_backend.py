@@ -51,6 +51,9 @@ class BartBackend:
         held = [self._bart.source_bytes * sum(map(len, task.contexts)) for task in tasks]
         return chunks(held, CPU_HELD_NUMBERS * self._bart.dtype.itemsize)
 
+    def warm_up(self) -> None:
+        self._bart.warm_up()
+
     def use_lanes(self, *, capture: bool) -> None:
         self.lanes = Lanes(self._bart, self._search, capture=capture)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, gelu, layer_norm, linear, pad
+from torch.nn.functional import layer_norm, pad
 from transformers import BartForConditionalGeneration
 from transformers.activations import GELUActivation
 
@@ -38,6 +38,7 @@ from generator_svc.engine.cache import (
     chunks,
     runs,
 )
+from generator_svc.engine.trials import ROWS
 
 # Documents that go through the encoder together, on a CPU: enough rows for the products to be at their fastest, few
 # enough that intermediate results stay in caches and in memory that malloc reuses rather than maps anew each time. A
@@ -80,8 +81,7 @@ class Affine(NamedTuple):
             x = pad(x, (0, 0, 0, spare)) if spare else x
             product: Tensor = _ONEDNN(x, self.weight, self.bias, "gelu" if self.gelu else "none", [], "none")
             return product[:rows]
-        product = linear(x, self.weight, self.bias)
-        return gelu(product) if self.gelu else product
+        return kernels.affine(x, self.weight, self.bias, self.gelu)
 
 
 class Norm(NamedTuple):
@@ -92,11 +92,11 @@ class Norm(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
-    def of_sum(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Of ``x + residual``; the sum may take the place of ``x``."""
+    def after(self, affine: Affine, x: Tensor, residual: Tensor) -> Tensor:
+        """Of ``affine(x) + residual``, where no GELU comes between."""
         if x.is_cuda:
-            return kernels.add_norm(x, residual, self.weight, self.bias, self.eps)
-        return self(x.add_(residual))
+            return kernels.affine_norm(x, affine.weight, affine.bias, residual, self)
+        return self(affine(x).add_(residual))
 
 
 class Block(NamedTuple):
@@ -113,7 +113,7 @@ class Block(NamedTuple):
     def feed_forward(self, x: Tensor) -> Tensor:
         inner = self.fc1(x)
         inner = inner if self.activation is None else self.activation(inner)
-        return self.final_norm.of_sum(self.fc2(inner), x)
+        return self.final_norm.after(self.fc2, inner, x)
 
 
 class CrossAttention(NamedTuple):
@@ -176,8 +176,8 @@ class Bart:
         self.encoder_embed = encoder.embed_tokens.weight.data
         self.decoder_embed = decoder.embed_tokens.weight.data
         self.embed_scale = config.d_model**0.5 if config.scale_embedding else 1.0
-        self.encoder_positions = encoder.embed_positions.weight.data
-        self.decoder_positions = decoder.embed_positions.weight.data
+        self.encoder_positions = encoder.embed_positions.weight.data[POSITION_OFFSET:]
+        self.decoder_positions = decoder.embed_positions.weight.data[POSITION_OFFSET:]
         self.encoder_norm = _norm(encoder.layernorm_embedding)
         self.decoder_norm = _norm(decoder.layernorm_embedding)
         self.encoder_layers = [_block(m) for m in encoder.layers]
@@ -203,6 +203,18 @@ class Bart:
                 setattr(self, name, head.data)
         return Affine(padded, pad(bias, (0, spare)))
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Multiplies few rows and many with each of a step's matrices, so that the faster kernel is found for them."""
+        layer, cross = self.decoder_layers[0]
+        for rows in () if self.on_cpu else ROWS:
+            x_RD = torch.randn(rows, self.decoder_embed.shape[1], dtype=self.dtype, device=self.device)
+            layer.qkv(x_RD)
+            layer.norm.after(layer.out, x_RD, x_RD)
+            cross.q(x_RD)
+            layer.feed_forward(x_RD)
+            self.logits(x_RD)
+
     @property
     def source_bytes(self) -> int:
         """What a document's cache takes for each token of its context: keys and values of every layer."""
@@ -219,10 +231,7 @@ class Bart:
         return torch.zeros(*shape, width, dtype=self.dtype, device=self.device).unbind()
 
     def _embed(self, ids: Tensor, words: Tensor, positions: Tensor, table: Tensor, norm: Norm) -> Tensor:
-        x = embedding(ids, words)
-        if self.embed_scale != 1.0:
-            x = x * self.embed_scale
-        return norm(x + embedding(positions + POSITION_OFFSET, table))
+        return kernels.embed(words, ids, table, positions, norm, scale=self.embed_scale)
 
     @torch.inference_mode()
     def prefill(self, contexts: Sequence[Tensor], nodes: int) -> list[DocumentCache]:
@@ -271,7 +280,7 @@ class Bart:
         masks = [length_mask(part, x_PD) for part in parts]
         for layer in self.encoder_layers:
             attended_PD = self._attend_in_documents(layer.qkv(x_PD), rows, masks, [sum(part) for part in parts])
-            x_PD = layer.norm.of_sum(layer.out(attended_PD), x_PD)
+            x_PD = layer.norm.after(layer.out, attended_PD, x_PD)
             del attended_PD  # nothing of it is held beside the widest product
             x_PD = layer.feed_forward(x_PD)
         sources = [SourcePlaces(documents[run], None if self.on_cpu else self.device) for run in runs(documents)]
@@ -331,9 +340,9 @@ class Bart:
         x_RD = self._embed(tokens_R, self.decoder_embed, depths_R, self.decoder_positions, self.decoder_norm)
         for index, (layer, cross) in enumerate(self.decoder_layers):
             attended = attention.attend_to_nodes(index, layer.qkv(x_RD).view(len(x_RD), 3, self.heads, -1))
-            x_RD = layer.norm.of_sum(layer.out(attended.flatten(1)), x_RD)
+            x_RD = layer.norm.after(layer.out, attended.flatten(1), x_RD)
             attended = attention.attend_to_source(index, cross.q(x_RD).view(len(x_RD), self.heads, -1))
-            x_RD = cross.norm.of_sum(cross.out(attended.flatten(1)), x_RD)
+            x_RD = cross.norm.after(cross.out, attended.flatten(1), x_RD)
             del attended
             x_RD = layer.feed_forward(x_RD)
         return x_RD

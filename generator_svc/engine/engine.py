@@ -183,6 +183,10 @@ class RagEngine:
             self.step(unfinished)
         return self.finish(running)
 
+    def warm_up(self) -> None:
+        """What would otherwise make the first questions wait."""
+        self._backend.warm_up()
+
     @torch.inference_mode()
     def begin(self, tasks: Sequence[Task]) -> list[Decoding]:
         """Encodes the documents of all questions together."""

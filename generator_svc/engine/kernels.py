@@ -1,12 +1,14 @@
-"""What a decode step does beside its matrix products, each in one pass over memory.
+"""What a decode step does, each in one pass over memory.
 
 Every function here is plain torch, and says by that what is computed. For CUDA tensors a Triton kernel of the same name
 does it, where Triton works: in :mod:`generator_svc.engine.triton_kernels` what the decoder and the heads need, in
+:mod:`generator_svc.engine.triton_products` its matrix products, where they are faster than torch's, and in
 :mod:`generator_svc.engine.triton_search` what the search does. Nothing is read back, so that all of it may be captured
 in a CUDA graph, once it has run before with tensors of the same form.
 
-Shapes: R packed rows, D model, V vocabulary, P problems, Q questions, N documents, K rows of each, H heads, E head,
-C node positions, S source positions; in the search K beams and C continuations.
+Shapes: R packed rows, D model, V vocabulary, L positions, I numbers that a product takes and O that it gives,
+P problems, Q questions, N documents, K rows of each, H heads, E head, C node positions, S source positions; in the
+search K beams and C continuations.
 """
 
 import importlib
@@ -17,16 +19,21 @@ from typing import Any, ParamSpec, TypeVar
 import structlog
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, scaled_dot_product_attention
+from torch.nn.functional import embedding, gelu, layer_norm, linear, scaled_dot_product_attention
 
 from generator_svc.engine.beams import Beams, Continuations, Rules, chosen
+from generator_svc.engine.trials import ROWS, is_better
 
 log = structlog.get_logger(__name__)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
 
 MOST_ROWS = 32  # of a document or a problem that one program takes
 MOST_TILE_BYTES = 8192  # of a document's rows of a head: with its keys they take 90 KiB, of 99 that some GPUs have
+
+NormWeights = tuple[Tensor, Tensor, float]
+"""Of a layer normalisation: (D,) weight, (D,) bias, and what is added to the variance."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -40,7 +47,7 @@ def usable(device: torch.device) -> bool:
     try:
         compiled: Any = importlib.import_module("generator_svc.engine.triton_kernels")
         x_RD, weight_D = torch.ones(1, 16, device=device), torch.ones(16, device=device)
-        torch.testing.assert_close(compiled.add_norm(x_RD, x_RD, weight_D, weight_D, 1e-5)[0], weight_D)
+        torch.testing.assert_close(compiled.add_norm(x_RD, x_RD, (weight_D, weight_D, 1e-5))[0], weight_D)
     except Exception as error:  # noqa: BLE001  whatever it is, torch's own kernels do the same
         log.warning(
             "triton_unusable",
@@ -63,6 +70,11 @@ def _few_rows(of_documents: Tensor, *_: Any) -> bool:
     return _is_float(of_documents) and rows <= MOST_ROWS and width <= 128 and tile_bytes <= MOST_TILE_BYTES
 
 
+def _few_in_half(x_RI: Tensor, *_: Any) -> bool:
+    """Whether a product waits for its weights, and multiplies halves: float32 is left to torch."""
+    return x_RI.dtype in HALVES and 0 < len(x_RI) <= ROWS[-1] and x_RI.stride(1) == 1
+
+
 def _few_continuations(scores_PKV: Tensor, _: Tensor, count: int) -> bool:
     return scores_PKV.dtype == torch.float32 and scores_PKV.shape[1] <= MOST_ROWS and count <= 2 * MOST_ROWS
 
@@ -72,9 +84,13 @@ def _few_beams(beams: Beams, found: Continuations, *_: Any) -> bool:
 
 
 def _by_triton(
-    fits: Callable[..., bool], module: str = "triton_kernels"
+    fits: Callable[..., bool], module: str = "triton_kernels", *, tried: bool = False
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Leaves the work to the Triton kernel of the same name where the arguments allow it."""
+    """Leaves the work to the Triton kernel of the same name where the arguments allow it.
+
+    Args:
+        tried: whether it must be faster as well, which depends on the GPU.
+    """
 
     def either(reference: Callable[_P, _R]) -> Callable[_P, _R]:
         @wraps(reference)
@@ -83,8 +99,9 @@ def _by_triton(
             device = (first if isinstance(first, Tensor) else first[0]).device
             if device.type == "cuda" and fits(*args, **kwargs) and usable(device):
                 compiled = importlib.import_module(f"generator_svc.engine.{module}")
-                made: _R = getattr(compiled, reference.__name__)(*args, **kwargs)
-                return made
+                ours: Callable[_P, _R] = getattr(compiled, reference.__name__)
+                if not tried or is_better(ours, reference, args):
+                    return ours(*args, **kwargs)
             return reference(*args, **kwargs)
 
         return by_device
@@ -93,9 +110,37 @@ def _by_triton(
 
 
 @_by_triton(_is_float)
-def add_norm(x_RD: Tensor, residual_RD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+def embed(
+    words_VD: Tensor, tokens_R: Tensor, positions_LD: Tensor, depths_R: Tensor, norm: NormWeights, *, scale: float
+) -> Tensor:
+    """The sums of words' (scaled) and positions' embeddings, normalised, (R, D)."""
+    words_RD = embedding(tokens_R, words_VD)
+    words_RD = words_RD if scale == 1.0 else words_RD * scale
+    return _normalized(words_RD + embedding(depths_R, positions_LD), norm)
+
+
+@_by_triton(_few_in_half, "triton_products", tried=True)
+def affine(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor, with_gelu: bool) -> Tensor:
+    """``x @ weight.T + bias``, (R, O), and the exact GELU of it."""
+    product_RO = linear(x_RI, weight_OI, bias_O)
+    return gelu(product_RO) if with_gelu else product_RO
+
+
+@_by_triton(_few_in_half, "triton_products", tried=True)
+def affine_norm(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor, residual_RO: Tensor, norm: NormWeights) -> Tensor:
+    """Layer normalisation of ``x @ weight.T + bias + residual``, (R, O)."""
+    return add_norm(linear(x_RI, weight_OI, bias_O), residual_RO, norm)
+
+
+@_by_triton(_is_float)
+def add_norm(x_RD: Tensor, residual_RD: Tensor, norm: NormWeights) -> Tensor:
     """Layer normalisation of a sum, (R, D): the sum in its own dtype, its normalisation in float32."""
-    return layer_norm(x_RD + residual_RD, weight_D.shape, weight_D, bias_D, eps)
+    return _normalized(x_RD + residual_RD, norm)
+
+
+def _normalized(x_RD: Tensor, norm: NormWeights) -> Tensor:
+    weight_D, bias_D, eps = norm
+    return layer_norm(x_RD, weight_D.shape, weight_D, bias_D, eps)
 
 
 @_by_triton(_few_rows)
@@ -133,18 +178,24 @@ def attend_to_source(q_NKHE: Tensor, cross_2NHSE: Tensor, lengths_N: Tensor) -> 
 
 
 @_by_triton(_is_float)
-def log_normalizer(logits_RV: Tensor) -> Tensor:
-    """log Σ_v exp(logits), (R,) float32. Rows may lie apart, as those of a wider tensor do."""
-    return logits_RV.float().logsumexp(-1)
+def log_normalizer(logits_RV: Tensor, log_prior_N: Tensor | None = None) -> Tensor:
+    """log Σ_v exp(logits), (R,) float32, less the log prior of a row's document, where R // N neighbours are of one.
+
+    Rows may lie apart, as those of a wider tensor do.
+    """
+    normalizer_R = logits_RV.float().logsumexp(-1)
+    if log_prior_N is None:
+        return normalizer_R
+    return (normalizer_R.view(len(log_prior_N), -1) - log_prior_N[:, None]).flatten()
 
 
 @_by_triton(_is_float)
-def marginalize(logits_QNKV: Tensor, shift_QNK: Tensor) -> Tensor:
-    """log Σ_n exp(logits + shift), (Q, K, V) float32. Rows of logits may lie apart, as those of a wider tensor do.
+def marginalize(logits_QNKV: Tensor, normalizer_QNK: Tensor) -> Tensor:
+    """log Σ_n exp(logits - normalizer), (Q, K, V) float32. Rows of logits may lie apart, as those of a wider tensor do.
 
-    With log p(z|x) less the normaliser as (float32) shift, this is RAG-Token's log p(y_t | x, y_<t).
+    With the (float32) normaliser less log p(z|x), this is RAG-Token's log p(y_t | x, y_<t).
     """
-    return (logits_QNKV.float() + shift_QNK[..., None]).logsumexp(1)
+    return (logits_QNKV.float() - normalizer_QNK[..., None]).logsumexp(1)
 
 
 @_by_triton(_few_continuations, "triton_search")

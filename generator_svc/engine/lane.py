@@ -70,24 +70,24 @@ class Scores:
     """What a search chooses from, and the logits behind it.
 
     ``scores`` (P·K, V) float32; ``logits`` (Q, N/Q, K, V) for RAG-Token and (P·K, V) for RAG-Sequence, in any dtype;
-    ``shift``, of their shape without V, makes log-probabilities of them, for RAG-Token with log p(z|x).
+    less ``normalizer``, of their shape without V, they are log-probabilities, for RAG-Token with log p(z|x).
     """
 
     scores: Tensor
     logits: Tensor
-    shift: Tensor
+    normalizer: Tensor
 
     def shares(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """As :data:`generator_svc.engine.search.Shares`."""
         if self.logits.dim() == 2:
-            return (self.logits[rows, tokens].float() + self.shift[rows])[None]
+            return (self.logits[rows, tokens].float() - self.normalizer[rows])[None]
         beams = self.logits.shape[2]
         questions, row = rows // beams, rows % beams
-        return (self.logits[questions, :, row, tokens].float() + self.shift[questions, :, row]).movedim(-1, 0)
+        return (self.logits[questions, :, row, tokens].float() - self.normalizer[questions, :, row]).movedim(-1, 0)
 
     def kept_in(self, buffers: dict[str, Tensor]) -> "Scores":
         """The same in buffers that are used at every step."""
-        return Scores(*(_kept(buffers, name, getattr(self, name)) for name in ("scores", "logits", "shift")))
+        return Scores(*(_kept(buffers, name, getattr(self, name)) for name in ("scores", "logits", "normalizer")))
 
 
 def _kept(buffers: dict[str, Tensor], name: str, value: Tensor) -> Tensor:
@@ -126,7 +126,8 @@ class Lane:
         self._itself_KK = torch.eye(form.rows, dtype=torch.bool, device=device)
         self._alive_P = torch.zeros(problems, dtype=torch.bool, device=device)
         self.lengths_N = torch.zeros(self.slots, dtype=torch.int32, device=device)
-        self._log_prior = torch.zeros(questions, form.documents, 1, device=device)
+        self._depths = torch.arange(form.length, device=device)
+        self._log_prior_QN = torch.zeros(questions, form.documents, device=device)
         self._memory = torch.cuda.graph_pool_handle() if capture else None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._met: set[int] = set()  # lengths at which a step has run
@@ -151,7 +152,7 @@ class Lane:
         alive = len(tasks) if self.form.strategy == "token" else len(lengths)
         self.lengths_N.copy_(torch.tensor([*lengths, *[0] * unused], dtype=torch.int32))
         self._alive_P.copy_(torch.arange(problems) < alive)
-        self._log_prior[: len(tasks), :, 0] = torch.stack([task.log_prior for task in tasks]).to(self._log_prior.device)
+        self._log_prior_QN[: len(tasks)] = torch.stack([task.log_prior for task in tasks]).to(self._log_prior_QN.device)
         self.length, self._going, self._results = 1, [at < alive for at in range(problems)], None
         each = self.form.documents
         return [LaneDecoding(task, documents[at * each : (at + 1) * each], self, at) for at, task in enumerate(tasks)]
@@ -217,17 +218,18 @@ class Lane:
         tokens_PK = self._search.open[:, : 1 if length == 1 else None, length - 1]
         each = self.slots // len(tokens_PK)
         tokens_R = tokens_PK[:, None].expand(-1, each, -1).flatten()
-        depths_R = torch.full_like(tokens_R, length - 1)
+        depths_R = self._depths[length - 1].expand(len(tokens_R))
         logits_RV = bart.logits(bart.decode(tokens_R, depths_R, LaneAttention(self, length)))
-        normalizer_R = kernels.log_normalizer(logits_RV)
         if form.strategy == "token":
             logits_QNKV = logits_RV.view(self.questions, form.documents, tokens_PK.shape[1], -1)
-            shift_QNK = self._log_prior - normalizer_R.view(logits_QNKV.shape[:3])
-            return Scores(kernels.marginalize(logits_QNKV, shift_QNK).flatten(0, 1), logits_QNKV, shift_QNK)
+            normalizer_R = kernels.log_normalizer(logits_RV, self._log_prior_QN.flatten())
+            normalizer_QNK = normalizer_R.view(logits_QNKV.shape[:3])
+            return Scores(kernels.marginalize(logits_QNKV, normalizer_QNK).flatten(0, 1), logits_QNKV, normalizer_QNK)
         # greedy search processes logits, beams log-probabilities: as in transformers
         is_greedy = isinstance(self._search, RowSearch)
+        normalizer_R = kernels.log_normalizer(logits_RV)
         scores_RV = logits_RV.float() if is_greedy else logits_RV - normalizer_R[:, None]
-        return Scores(scores_RV, logits_RV, -normalizer_R)
+        return Scores(scores_RV, logits_RV, normalizer_R)
 
     def _choose(self, length: int, scores: Scores) -> None:
         """The search, and what it means for the next step."""

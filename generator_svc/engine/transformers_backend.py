@@ -63,6 +63,9 @@ class TransformersBackend:
         # RAG-Sequence searches with the generator's own `generate`; what the checkpoint says counts for both heads.
         model.generator.generation_config = model.generation_config
 
+    def warm_up(self) -> None:
+        pass
+
     def together(self, tasks: Sequence[Task]) -> list[slice]:
         return [slice(0, len(tasks))]
 

@@ -18,8 +18,9 @@ from transformers import RagTokenForGeneration
 from generator_svc.engine import Evidence, RagEngine
 from generator_svc.engine.attention import attend
 from generator_svc.engine.cache import DocumentCache
-from generator_svc.engine.decoder import Bart, rounded
+from generator_svc.engine.decoder import Affine, Bart, rounded
 from generator_svc.engine.decoding import score
+from generator_svc.engine.trials import ROWS
 from generator_svc.engine.trie import Trie
 from tests.parity import draw, in_memory, teacher_forced
 from tests.tiny_checkpoint import tiny_model
@@ -310,3 +311,25 @@ def test_documents_attend_in_powers_of_two_as_each_by_itself(documents: int) -> 
     found = attend(q, k, v, mask)
     expected = attend(q.float(), k.float(), v.float(), mask.float())
     torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
+
+
+def test_warming_up_multiplies_few_and_many_rows_with_every_matrix_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    met: set[tuple[int, torch.Size]] = set()
+    multiply = Affine.__call__
+
+    def watched(affine: Affine, x: Tensor) -> Tensor:
+        met.add((len(x), affine.weight.shape))
+        return multiply(affine, x)
+
+    monkeypatch.setattr(Affine, "__call__", watched)
+    bart = Bart(tiny_model().generator)
+    documents = bart.prefill([torch.arange(5, 12)], nodes=1)
+    met.clear()
+    bart.logits(bart.extend(documents, torch.tensor([EOS]), torch.tensor([0]), [None]))
+    of_step = {shape for _, shape in met}
+    met.clear()
+    bart.warm_up()
+    assert not met, "there is nothing to be found on a CPU"
+    bart.on_cpu = False
+    bart.warm_up()
+    assert met == {(rows, shape) for rows in ROWS for shape in of_step}

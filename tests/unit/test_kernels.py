@@ -1,7 +1,7 @@
 """What a decode step does beside its matrix products: plain torch against the engine's other code, Triton against it.
 
 No GPU here: Triton's interpreter runs the kernels, in a process of its own, since Triton decides for it when it is
-imported. It multiplies no bfloat16 (as of 3.7), so that attention is interpreted in float16 instead.
+imported. It multiplies no bfloat16 (as of 3.7), so that what multiplies is interpreted in float16 instead.
 """
 
 import importlib.util
@@ -21,16 +21,18 @@ from generator_svc.engine import heads, kernels
 from generator_svc.engine.attention import attend
 from shared.schemas import Strategy
 from tests.compiled_kernels import SHARED_BYTES, compiled
-from tests.kernel_cases import ATTENTION, SMALL, arguments, check
+from tests.kernel_cases import ATTENTION, PRODUCTS, SMALL, arguments, check
 from tests.search_cases import BEST, SEARCHES, check_answers, check_best, check_search
 
 N, K, H, E = 4, 3, 2, 12
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SEARCHING = {"_best_of_pieces", "_best_of_problem", "_keep_beams"}
+NOT_INTERPRETED = dict.fromkeys(ATTENTION, (torch.bfloat16,)) | dict.fromkeys(PRODUCTS, (torch.bfloat16, torch.float32))
 INTERPRETED = [
     (kernel, dtype, sizes)
     for kernel, sizes in SMALL
     for dtype in DTYPES
-    if not (kernel in ATTENTION and dtype == torch.bfloat16)
+    if dtype not in NOT_INTERPRETED.get(kernel, ())
 ]
 
 
@@ -87,21 +89,29 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here(capability: int) -> No
     pytest.importorskip("triton")
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         found = pool.submit(compiled, capability).result()
-    assert max(shared for _, _, shared in found) <= SHARED_BYTES[capability]
-    kernels_of = Counter(name for name, _, _ in found)
+    assert max(kernel.shared_bytes for kernel in found) <= SHARED_BYTES[capability]
+    kernels_of = Counter(kernel.name for kernel in found)
     assert kernels_of.keys() == {
-        "_add_norm", "_attend_to_nodes", "_attend_to_source", "_log_sum", "_marginalize",
-        "_best_of_pieces", "_best_of_problem", "_keep_beams",
+        "_add_norm", "_attend_to_nodes", "_attend_to_source", "_embed", "_log_sum",
+        "_log_sum_of_chunks", "_marginalize", "_product", "_best_of_pieces", "_best_of_problem", "_keep_beams",
     }  # fmt: skip
     # One for 4 beams, whatever the documents, and one for 32.
     assert kernels_of["_keep_beams"] == 2
+    # How many of a document's keys and values are to be fetched is all that is read before a kernel's turn.
+    assert {(kernel.name, *kernel.early) for kernel in found if kernel.early} == (
+        {("_attend_to_source", "ld.global.cg.b32")} if capability >= 90 else set()
+    )
+    chained = {kernel.name for kernel in found if "griddepcontrol.launch_dependents" in kernel.ptx}
+    assert chained == {kernel.name for kernel in found if "griddepcontrol.wait" in kernel.ptx}
+    assert chained == (kernels_of.keys() - SEARCHING if capability >= 90 else set())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_sum_is_rounded_before_it_is_normalised(dtype: torch.dtype) -> None:
-    x, residual, weight, bias, eps = arguments("add_norm", dtype, rows=5, width=24)
+    x, residual, norm = arguments("add_norm", dtype, rows=5, width=24)
+    weight, bias, eps = norm
     expected = layer_norm((x.float() + residual.float()).to(dtype), (24,), weight, bias, eps)
-    assert torch.equal(kernels.add_norm(x, residual, weight, bias, eps), expected)
+    assert torch.equal(kernels.add_norm(x, residual, norm), expected)
 
 
 @pytest.mark.parametrize("start", [0, 1, 20])
@@ -146,8 +156,8 @@ def test_a_row_attends_to_the_source_of_its_document_and_an_empty_slot_gives_zer
 def test_the_two_last_ones_are_the_head_of_rag_token() -> None:
     logits, _ = arguments("marginalize", torch.float32, questions=2, documents=5, rows=3, vocabulary=50, behind=0)
     log_prior = torch.randn(2, 5).log_softmax(1)
-    normalizer = kernels.log_normalizer(logits.flatten(0, 2)).view(2, 5, 3)
-    found = kernels.marginalize(logits, log_prior[:, :, None] - normalizer)
+    normalizer = kernels.log_normalizer(logits.flatten(0, 2), log_prior.flatten()).view(2, 5, 3)
+    found = kernels.marginalize(logits, normalizer)
     torch.testing.assert_close(found.exp().sum(-1), torch.ones(2, 3))
     for question in range(2):
         torch.testing.assert_close(found[question], heads.marginalize(logits[question].clone(), log_prior[question]))
