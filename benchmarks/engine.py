@@ -25,56 +25,60 @@ from benchmarks.device_share import DeviceShare, device_share
 from benchmarks.machine import describe
 from benchmarks.models import SHAPES
 from benchmarks.precision import Precision, precisions
-from benchmarks.sides import N_DOCS, NEW_TOKENS, Cell, Measured, Setup, measure_in_turns, started
+from benchmarks.sides import N_DOCS, NEW_TOKENS, Cell, KilledError, Measured, Setup, Side, measure_in_turns, started
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
+KILLED = "killed"
 
 
 @dataclass(frozen=True)
 class Row:
     """One cell, both sides. ``ratio`` is transformers' time over ours in the same dtype; the ``…_equal`` are the shares
-    of answers with the token ids of transformers in float32."""
+    of answers with the token ids of transformers in float32. What there is of transformers is None where its process
+    was killed, as a machine does that has no memory left for it."""
 
     shape: str
     dtype: str
     strategy: str
     batch: int
     beams: int
-    transformers_s: float
+    transformers_s: float | None
     transformers_runs: int
     ours_s: float
     ours_runs: int
-    ratio: float
+    ratio: float | None
     ratio_to_float32: float | None
-    transformers_peak_mib: float
+    transformers_peak_mib: float | None
     ours_peak_mib: float
     transformers_equal: float | None
     ours_equal: float | None
 
 
-def row_of(shape: str, dtype: str, cell: Cell, *, theirs: Measured, ours: Measured, float32: Measured | None) -> Row:
+def row_of(
+    shape: str, dtype: str, cell: Cell, *, theirs: Measured | None, ours: Measured, float32: Measured | None
+) -> Row:
     return Row(
         shape=shape,
         dtype=dtype,
         strategy=cell.strategy,
         batch=cell.batch,
         beams=cell.beams,
-        transformers_s=theirs.seconds,
-        transformers_runs=theirs.runs,
+        transformers_s=None if theirs is None else theirs.seconds,
+        transformers_runs=0 if theirs is None else theirs.runs,
         ours_s=ours.seconds,
         ours_runs=ours.runs,
-        ratio=theirs.seconds / ours.seconds,
+        ratio=None if theirs is None else theirs.seconds / ours.seconds,
         ratio_to_float32=None if float32 is None else float32.seconds / ours.seconds,
-        transformers_peak_mib=theirs.peak_bytes / MIB,
+        transformers_peak_mib=None if theirs is None else theirs.peak_bytes / MIB,
         ours_peak_mib=ours.peak_bytes / MIB,
         transformers_equal=equal_share(theirs, float32),
         ours_equal=equal_share(ours, float32),
     )
 
 
-def equal_share(measured: Measured, float32: Measured | None) -> float | None:
-    if float32 is None:
+def equal_share(measured: Measured | None, float32: Measured | None) -> float | None:
+    if measured is None or float32 is None:
         return None
     pairs = zip(measured.sequences, float32.sequences, strict=True)
     return sum(left == right for left, right in pairs) / len(float32.sequences)
@@ -94,17 +98,28 @@ def measured_rows(arguments: argparse.Namespace) -> Iterator[Row]:
             common = (shape, dtype, arguments.device, arguments.threads)
             with started(Setup("transformers", *common)) as rival, started(Setup("ours", *common)) as engine:
                 for cell in cells:
-                    theirs, ours = measure_in_turns((rival, engine), cell, arguments.repeats)
-                    if dtype == "float32":
+                    theirs, ours = measured_cell(rival, engine, cell, arguments.repeats)
+                    if dtype == "float32" and theirs is not None:
                         float32[cell] = theirs
                     yield row_of(shape, dtype, cell, theirs=theirs, ours=ours, float32=float32.get(cell))
+
+
+def measured_cell(rival: Side, engine: Side, cell: Cell, repeats: int) -> tuple[Measured | None, Measured]:
+    """Both; none of the rival where it was killed, which ours must not be."""
+    try:
+        theirs, ours = measure_in_turns((rival, engine), cell, repeats)
+    except KilledError as error:
+        print(f"{error}: is there memory enough?", file=sys.stderr)
+        (ours,) = measure_in_turns((engine,), cell, repeats)
+        return None, ours
+    return theirs, ours
 
 
 def table_of(rows: Sequence[Row]) -> Table:
     table = Table(
         title=f"seconds a batch; {N_DOCS} documents a question, {NEW_TOKENS} new tokens",
         caption="x fp32: against transformers in float32; equal: answers with its token ids. *: run once. "
-        "MiB: peak memory of the process.",
+        "MiB: peak memory of the process. killed: by the machine, as a rule for want of memory.",
     )
     names = ("shape", "dtype", "head", "batch", "beams", "transformers", "ours", "ratio", "x fp32", "MiB", "equal")
     for name in names:
@@ -116,14 +131,18 @@ def table_of(rows: Sequence[Row]) -> Table:
             row.strategy,
             str(row.batch),
             str(row.beams),
-            f"{row.transformers_s:.3g}{'*' if row.transformers_runs == 1 else ''}",
+            f"{shown(row.transformers_s, '.3g')}{'*' if row.transformers_runs == 1 else ''}",
             f"{row.ours_s:.3g}{'*' if row.ours_runs == 1 else ''}",
-            f"{row.ratio:.1f}",
+            shown(row.ratio, ".1f"),
             "" if row.ratio_to_float32 is None else f"{row.ratio_to_float32:.1f}",
-            f"{row.transformers_peak_mib:.0f} → {row.ours_peak_mib:.0f}",
-            "" if row.ours_equal is None else f"{row.transformers_equal:.0%} → {row.ours_equal:.0%}",
+            f"{shown(row.transformers_peak_mib, '.0f')} → {row.ours_peak_mib:.0f}",
+            "" if row.ours_equal is None else f"{shown(row.transformers_equal, '.0%')} → {row.ours_equal:.0%}",
         )
     return table
+
+
+def shown(value: float | None, form: str) -> str:
+    return KILLED if value is None else format(value, form)
 
 
 def share_table(shares: Sequence[DeviceShare]) -> Table:
@@ -234,7 +253,7 @@ def main() -> None:
         write(output, result)
         console.print(
             f"{row.shape} {row.dtype} {row.strategy} batch {row.batch} beams {row.beams}: "
-            f"{row.transformers_s:.2f} s → {row.ours_s:.2f} s, {row.ratio:.1f} times",
+            f"{shown(row.transformers_s, '.2f')} s → {row.ours_s:.2f} s, {shown(row.ratio, '.1f')} times",
             highlight=False,
         )
     of_demo = precisions(arguments.dtype, arguments.device)

@@ -83,18 +83,45 @@ def engine_of(model: Any, device: str) -> RagEngine:
     )
 
 
+class KilledError(RuntimeError):
+    """A side's process has ended in the middle of a run: as a rule the machine had no memory left for it."""
+
+
 class Side:
     """The near end of a side's process. ``warm_ups``: runs that are not counted."""
 
-    def __init__(self, connection: Connection, warm_ups: int) -> None:
-        self._connection, self.warm_ups = connection, warm_ups
+    def __init__(self, setup: Setup) -> None:
+        self._setup, self.warm_ups = setup, CUDA_WARM_UPS if setup.device.startswith("cuda") else 1
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a forked torch keeps locks that nobody will release
+        self._connection, far = context.Pipe()
+        self._process = context.Process(target=_live, args=(far, self._setup), daemon=True)
+        self._process.start()
+        far.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
 
     def run(self, cell: Cell) -> Run:
-        self._connection.send(cell)
-        done: Run | BaseException = self._connection.recv()
+        """Raises: KilledError; another process is there for the next run."""
+        try:
+            self._connection.send(cell)
+            done: Run | BaseException = self._connection.recv()
+        except (EOFError, ConnectionError) as error:
+            self.close()
+            ended = f"{self._setup.name} ended with exit code {self._process.exitcode} at {cell}"
+            self._start()
+            raise KilledError(ended) from error
         if isinstance(done, BaseException):
             raise done
         return done
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join()
 
 
 def measure_in_turns(sides: Sequence[Side], cell: Cell, repeats: int) -> list[Measured]:
@@ -118,16 +145,11 @@ def _measured(runs: Sequence[Run]) -> Measured:
 @contextmanager
 def started(setup: Setup) -> Iterator[Side]:
     """A side in a process of its own, ended at the end."""
-    context = multiprocessing.get_context("spawn")  # a forked torch keeps locks that nobody will release
-    near, far = context.Pipe()
-    process = context.Process(target=_live, args=(far, setup), daemon=True)
-    process.start()
-    far.close()
+    side = Side(setup)
     try:
-        yield Side(near, CUDA_WARM_UPS if setup.device.startswith("cuda") else 1)
+        yield side
     finally:
-        near.close()
-        process.join()
+        side.close()
 
 
 def _live(connection: Connection, setup: Setup) -> None:
