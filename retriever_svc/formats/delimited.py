@@ -12,8 +12,8 @@ from retriever_svc.formats.lines import LINE_LIMIT, read_lines
 from retriever_svc.formats.passages import INTEGER, Row, parse_id, refusal
 
 DPR_COLUMNS = ["id", "text", "title"]
-END = "\x1c end of the file"
-"""A line put after the last: where it does not come out as a row of its own, a quote was never closed."""
+END = "end of the file"
+"""A line put after the last: where it is no record of its own, a quote was never closed."""
 
 
 def read_tsv(path: Path) -> Iterator[tuple[str, Row]]:
@@ -72,8 +72,12 @@ def _row(path: Path, line: int, record: list[str], columns: list[str]) -> Row:
 def _records(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """``(line, fields)``, the line being the one where the record begins; blank lines are passed over."""
 
+    at_end = False
+
     def with_end() -> Iterator[str]:
+        nonlocal at_end
         yield from lines
+        at_end = True
         yield END
 
     # The module's limit holds for the whole process. It is a limit on memory, which LINE_LIMIT keeps in its place.
@@ -82,10 +86,10 @@ def _records(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[tuple
     begins = 1
     try:
         for record in reader:
-            ended = record == [END]
-            if record and not ended:
-                if record[-1].endswith(END):
+            if at_end:
+                if begins < reader.line_num:
                     raise refusal(path, f"a quote in the record that begins in line {begins} is never closed")
+            elif record:
                 yield begins, record
             begins = reader.line_num + 1
     except csv.Error as error:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retriever_svc.formats import lines
+from retriever_svc.formats.delimited import END
 from retriever_svc.formats.passages import PASSAGE_SCHEMA, RowBatches
 from retriever_svc.formats.split import split_words
 from retriever_svc.formats.texts import read_passages
@@ -25,7 +26,9 @@ from shared.errors import InvalidRequest
 Rows = list[tuple[int, str, str]]
 
 characters = st.characters(exclude_categories=["Cs"])
-any_text = st.text(characters, max_size=30) | st.sampled_from(['"', 'a "b" c', "\t", "a\nb", ",", "'", "id", "\x00"])
+any_text = st.text(characters, max_size=30) | st.sampled_from(
+    ['"', 'a "b" c', "\t", "a\nb", ",", "'", "id", "\x00", END, f'"\n{END}']
+)
 ids = st.integers(0, 2**63 - 1)
 rows_with_ids = st.lists(st.tuples(ids, any_text, any_text), max_size=12, unique_by=lambda row: row[0])
 
