@@ -105,10 +105,15 @@ def measured_rows(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def measured_cell(rival: Side, engine: Side, cell: Cell, repeats: int) -> tuple[Measured | None, Measured]:
-    """Both; none of the rival where it was killed, which ours must not be."""
+    """Both; none of the rival where it was killed.
+
+    Raises: KilledError: ours was.
+    """
     try:
         theirs, ours = measure_in_turns((rival, engine), cell, repeats)
     except KilledError as error:
+        if error.side == "ours":
+            raise
         print(f"{error}: is there memory enough?", file=sys.stderr)
         (ours,) = measure_in_turns((engine,), cell, repeats)
         return None, ours

@@ -86,6 +86,10 @@ def engine_of(model: Any, device: str) -> RagEngine:
 class KilledError(RuntimeError):
     """A side's process has ended in the middle of a run: as a rule the machine had no memory left for it."""
 
+    def __init__(self, side: SideName, what: str) -> None:
+        super().__init__(f"{side} {what}")
+        self.side = side
+
 
 class Side:
     """The near end of a side's process. ``warm_ups``: runs that are not counted."""
@@ -112,9 +116,9 @@ class Side:
             done: Run | BaseException = self._connection.recv()
         except (EOFError, ConnectionError) as error:
             self.close()
-            ended = f"{self._setup.name} ended with exit code {self._process.exitcode} at {cell}"
+            ended = f"ended with exit code {self._process.exitcode} at {cell}"
             self._start()
-            raise KilledError(ended) from error
+            raise KilledError(self._setup.name, ended) from error
         if isinstance(done, BaseException):
             raise done
         return done

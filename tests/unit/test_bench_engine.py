@@ -3,8 +3,10 @@
 import os
 import signal
 
+import pytest
+
 from benchmarks.engine import measured_cell, row_of, table_of
-from benchmarks.sides import Cell, Setup, started
+from benchmarks.sides import Cell, KilledError, Setup, started
 
 
 def test_a_rival_that_is_killed_costs_its_cell_and_no_other() -> None:
@@ -15,6 +17,9 @@ def test_a_rival_that_is_killed_costs_its_cell_and_no_other() -> None:
         assert theirs is None
         killed = row_of("tiny", "float32", cell, theirs=theirs, ours=ours, float32=None)
         theirs, ours = measured_cell(rival, engine, cell, repeats=1)
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(KilledError, match="ours ended with exit code -9"):
+            measured_cell(rival, engine, cell, repeats=1)
     assert theirs is not None
     assert theirs.sequences == ours.sequences
     measured = row_of("tiny", "float32", cell, theirs=theirs, ours=ours, float32=theirs)
