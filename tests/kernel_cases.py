@@ -146,7 +146,8 @@ def tensors_of(values: Iterable[Any]) -> list[Tensor]:
 
 def compiled_module(kernel: str) -> str:
     """Where Triton's kernel of this name is."""
-    return f"generator_svc.engine.triton_{'products' if kernel in PRODUCTS else 'kernels'}"
+    name = "products" if kernel in PRODUCTS else "attention" if kernel in ATTENTION else "kernels"
+    return f"generator_svc.engine.triton_{name}"
 
 
 def _wide(logits: Tensor, vocabulary: int) -> Tensor:

@@ -171,8 +171,7 @@ def everything_by_triton() -> Iterator[None]:
 
 def of_triton() -> dict[str, Any]:
     """The functions of :mod:`generator_svc.engine.kernels`, by name, as Triton's kernels compute them."""
-    modules = [
-        importlib.import_module(f"generator_svc.engine.triton_{name}") for name in ("kernels", "products", "search")
-    ]
+    files = ("attention", "kernels", "products", "search")
+    modules = [importlib.import_module(f"generator_svc.engine.triton_{name}") for name in files]
     names = [name for name, function in vars(kernels).items() if hasattr(function, "__wrapped__") and name != "usable"]
     return {name: getattr(module, name) for module in modules for name in names if hasattr(module, name)}

@@ -1,10 +1,10 @@
 """What a decode step does, each in one pass over memory.
 
 Every function here is plain torch, and says by that what is computed. For CUDA tensors a Triton kernel of the same name
-does it, where Triton works: in :mod:`generator_svc.engine.triton_kernels` what the decoder and the heads need, in
-:mod:`generator_svc.engine.triton_products` its matrix products, where they are faster than torch's, and in
-:mod:`generator_svc.engine.triton_search` what the search does. Nothing is read back, so that all of it may be captured
-in a CUDA graph, once it has run before with tensors of the same form.
+does it, where Triton works: in :mod:`generator_svc.engine.triton_kernels` what is done row by row, in
+:mod:`generator_svc.engine.triton_attention` attention, in :mod:`generator_svc.engine.triton_products` matrix products,
+where they are faster than torch's, and in :mod:`generator_svc.engine.triton_search` what the search does. Nothing is
+read back, so that all of it may be captured in a CUDA graph, once it has run before with tensors of the same form.
 
 Shapes: R packed rows, D model, V vocabulary, L positions, I numbers that a product takes and O that it gives,
 P problems, Q questions, N documents, K rows of each, H heads, E head, C node positions, S source positions; in the
@@ -143,7 +143,7 @@ def _normalized(x_RD: Tensor, norm: NormWeights) -> Tensor:
     return layer_norm(x_RD, weight_D.shape, weight_D, bias_D, eps)
 
 
-@_by_triton(_few_rows)
+@_by_triton(_few_rows, "triton_attention")
 def attend_to_nodes(qkv_NK3HE: Tensor, nodes_2NHCE: Tensor, visible_PKC: Tensor, start: int) -> Tensor:
     """Self-attention over trees of nodes, (N, K, H, E), after new keys and values were put into ``start:start + K``.
 
@@ -160,7 +160,7 @@ def attend_to_nodes(qkv_NK3HE: Tensor, nodes_2NHCE: Tensor, visible_PKC: Tensor,
     return scaled_dot_product_attention(q_NHKE, keys_NHCE, values_NHCE, attn_mask=mask).transpose(1, 2)
 
 
-@_by_triton(_few_rows)
+@_by_triton(_few_rows, "triton_attention")
 def attend_to_source(q_NKHE: Tensor, cross_2NHSE: Tensor, lengths_N: Tensor) -> Tensor:
     """Cross-attention, (N, K, H, E), to the first positions of each document, ``lengths_N`` (int32) of them.
 

@@ -1,4 +1,4 @@
-"""A decode step's matrix products in Triton, for CUDA and for halves. Only ``kernels`` imports this module.
+"""A decode step's matrix products in Triton, for CUDA and for halves. ``kernels`` launches these.
 
 A few rows are multiplied with a matrix that is read from memory, so that what counts is that every multiprocessor has
 a piece of it on its way. Where a matrix has too few columns for that, its rows are split as well (split-K): a piece

@@ -74,13 +74,13 @@ def test_more_than_a_program_holds_is_left_to_torch(kernel: str, rows: int, widt
 
 
 def test_a_tree_that_grows_compiles_nothing_more() -> None:
-    from generator_svc.engine import triton_kernels  # noqa: PLC0415  where Triton is
+    from generator_svc.engine import triton_attention  # noqa: PLC0415  where Triton is
 
     for start in (0, 1, 4, 16, 17, 64, 80):
         sizes = {"documents": 4, "rows": 4, "heads": 2, "width": 64, "problems": 2, "start": 80}
         *others, _ = arguments("attend_to_nodes", torch.bfloat16, DEVICE, **sizes)
         kernels.attend_to_nodes(*others, start)
-        compiled = sum(len(cache[0]) for cache in triton_kernels._attend_to_nodes.device_caches.values())
+        compiled = sum(len(cache[0]) for cache in triton_attention._attend_to_nodes.device_caches.values())
         if start == 0:
             at_first = compiled
     assert compiled == at_first
