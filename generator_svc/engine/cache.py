@@ -11,6 +11,8 @@ Shapes: N documents of a group, S source tokens of the longest, C node positions
 """
 
 import itertools
+import math
+import mmap
 from collections.abc import Iterator, Sequence
 from weakref import WeakSet
 
@@ -25,6 +27,18 @@ FIRST_NODES = 64
 """Nodes that a document's cache has room for at most, before it grows."""
 KEPT_PADDING = (1.1, 256)
 """The same where the padding stays in memory, and where a CPU reads it at every step."""
+
+
+def zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for keys and values.
+
+    Zeros, because what is masked must still be a number. On a CPU pages of its own: malloc keeps what it is given back,
+    up to 64 MiB, and would write zeros where no document will ever have a token.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 class Group:

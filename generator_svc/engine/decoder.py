@@ -37,6 +37,7 @@ from generator_svc.engine.cache import (
     alike,
     chunks,
     runs,
+    zeros,
 )
 from generator_svc.engine.trials import ROWS
 
@@ -221,14 +222,10 @@ class Bart:
         return int(len(self.decoder_layers) * 2 * self.decoder_embed.shape[1] * self.dtype.itemsize)
 
     def caches(self, documents: int, positions: int) -> Sequence[Tensor]:
-        """Room for keys and values: (2, N, H, positions, E) a layer.
-
-        Zeros, because what is masked must still be a number. One block, which malloc gives back at once when its group
-        goes; a view a layer, so that little is held twice when they are replaced.
-        """
-        shape = (len(self.decoder_layers), 2, documents, self.heads, positions)
+        """Room for keys and values: (2, N, H, positions, E) a layer, views of one block."""
         width = self.decoder_embed.shape[1] // self.heads
-        return torch.zeros(*shape, width, dtype=self.dtype, device=self.device).unbind()
+        layers = len(self.decoder_layers)
+        return zeros(layers, 2, documents, self.heads, positions, width, dtype=self.dtype, device=self.device).unbind()
 
     def _embed(self, ids: Tensor, words: Tensor, positions: Tensor, table: Tensor, norm: Norm) -> Tensor:
         return kernels.embed(words, ids, table, positions, norm, scale=self.embed_scale)

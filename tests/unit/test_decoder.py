@@ -302,6 +302,35 @@ def test_answers_of_many_lengths_in_bfloat16_hold_little() -> None:
     assert int(done.stdout) < 250
 
 
+HELD_BY_CACHES = """
+import psutil, torch
+from generator_svc.engine.decoder import Bart
+from tests.tiny_checkpoint import tiny_model
+bart, process = Bart(tiny_model().generator), psutil.Process()
+def held():
+    return process.memory_info().rss >> 20
+del [torch.ones(30 << 18)][:]  # after which malloc keeps a block of this size
+width = bart.decoder_embed.shape[1] * 8 * len(bart.decoder_layers)
+before, caches = held(), bart.caches(16, (25 << 20) // (16 * width))
+empty = held()
+for layer in caches:
+    layer[:, :8] = 1
+half = held()
+assert not any(layer[:, 8:].any() for layer in caches)
+del caches, layer
+print(empty - before, half - empty, held() - before)
+"""
+
+
+def test_caches_take_what_is_written_and_give_it_back() -> None:
+    """malloc wrote zeros to all of it, and kept it."""
+    done = subprocess.run([sys.executable, "-c", HELD_BY_CACHES], capture_output=True, text=True, check=True)
+    empty, half, after = map(int, done.stdout.split())
+    assert empty < 6
+    assert half in range(11, 17)
+    assert after < 6
+
+
 @pytest.mark.parametrize("documents", [1, 2, 3, 7, 20])
 def test_documents_attend_in_powers_of_two_as_each_by_itself(documents: int) -> None:
     generator = torch.Generator().manual_seed(documents)
