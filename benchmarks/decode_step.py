@@ -96,7 +96,7 @@ def measured(shape: str, dtype: str, batch: int) -> Step:
             graph = decoder_graph(lane)
         times[name] = 1e6 * replayed_s(graph)
         found = found or list(kernels_of(graph))
-    floor_s = step_bytes(SHAPES[shape], lengths, getattr(torch, dtype).itemsize) / memory_bandwidth(DEVICE)
+    floor_s = step_bytes(SHAPES[shape], lengths, dtype) / memory_bandwidth(DEVICE)
     return Step(shape, dtype, batch, 1e6 * floor_s, times, found)
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import matrix_product_peak, median_time, memory_bandwidth, timed
-from benchmarks.models import SHAPES, Shape, random_inputs, random_rag
-from benchmarks.sides import N_DOCS, NEW_TOKENS, engine_of
+from benchmarks.models import SHAPES, Shape, random_inputs
+from benchmarks.sides import N_DOCS, NEW_TOKENS, random_engine, states_dtype
 from generator_svc.engine import RagEngine
 from generator_svc.engine.backend import Task
 from generator_svc.engine.decoder import Bart
@@ -46,9 +46,8 @@ class DeviceShare:
 
 def questions(shape_name: str, dtype_name: str, device: str, batch: int) -> tuple[RagEngine, list[Task]]:
     """Random ones for RAG-Token with beams, which all answer with as many tokens, and an engine for them."""
-    shape = SHAPES[shape_name]
-    engine = engine_of(random_rag(shape, getattr(torch, dtype_name), device), device)
-    inputs = random_inputs(shape, batch, N_DOCS, device)
+    engine = random_engine(shape_name, dtype_name, device)
+    inputs = random_inputs(SHAPES[shape_name], batch, N_DOCS, device)
     options: dict[str, Any] = {
         "strategy": "token",
         "num_beams": BEAMS,
@@ -86,7 +85,7 @@ def device_share(shape_name: str, dtype_name: str, device: str, batch: int) -> D
         bandwidth=bandwidth,
         decoder_s=statistics.median(passes),
         step_s=statistics.median(steps),
-        floor_s=step_bytes(shape, lengths, dtype.itemsize) / bandwidth,
+        floor_s=step_bytes(shape, lengths, dtype_name) / bandwidth,
     )
 
 
@@ -143,7 +142,7 @@ def prefill_operations(shape: Shape, lengths: list[int]) -> float:
     return float(shape.layers * (projections + attention + cross))
 
 
-def step_bytes(shape: Shape, lengths: list[int], itemsize: int) -> float:
+def step_bytes(shape: Shape, lengths: list[int], dtype: str) -> float:
     """What a decode step reads at least: the decoder's weights, the output matrix, and every document's cache once.
 
     The nodes of the token trees are counted at half their final number.
@@ -152,4 +151,4 @@ def step_bytes(shape: Shape, lengths: list[int], itemsize: int) -> float:
     weights = shape.layers * layer + shape.vocabulary * shape.width
     nodes = len(lengths) * BEAMS * NEW_TOKENS / 2
     caches = shape.layers * 2 * shape.width * (sum(lengths) + nodes)
-    return (weights + caches) * itemsize
+    return float(weights * getattr(torch, dtype).itemsize + caches * states_dtype(dtype).itemsize)

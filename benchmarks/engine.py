@@ -3,8 +3,9 @@
 Same weights (random, fixed seed), same inputs, same threads, run by run in turns: five documents a question, contexts
 of 212 tokens on average (transformers gets them padded to 300, as its RagRetriever pads them), sixteen new tokens.
 Medians after a warm-up (three on CUDA, where steps are captured); a run that takes more than 20 seconds is done once.
-bfloat16 is compared with transformers in float32, which is what it replaces, and with transformers in bfloat16. Memory
-is the peak of a process that holds one side only.
+bfloat16 is compared with transformers in float32, which is what it replaces, and with transformers in bfloat16; int8
+with the same two. Memory is the peak of a process that holds one
+side only.
 """
 
 import argparse
@@ -26,17 +27,19 @@ from benchmarks.machine import describe
 from benchmarks.models import SHAPES
 from benchmarks.precision import Precision, precisions
 from benchmarks.sides import N_DOCS, NEW_TOKENS, Cell, KilledError, Measured, Setup, Side, measure_in_turns, started
+from generator_svc.engine import int8
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
 KILLED = "killed"
+DTYPES = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One cell, both sides. ``ratio`` is transformers' time over ours in the same dtype; the ``…_equal`` are the shares
-    of answers with the token ids of transformers in float32. What there is of transformers is None where its process
-    was killed, as a machine does that has no memory left for it."""
+    """One cell, both sides. ``ratio`` is transformers' time over ours in the same dtype (`Setup`); the ``…_equal`` are
+    the shares of answers with the token ids of transformers in float32. What there is of transformers is None where its
+    process was killed, as a machine does that has no memory left for it."""
 
     shape: str
     dtype: str
@@ -94,7 +97,7 @@ def measured_rows(arguments: argparse.Namespace) -> Iterator[Row]:
     ]
     for shape in arguments.shape:
         float32: dict[Cell, Measured] = {}
-        for dtype in sorted(arguments.dtype, reverse=True):
+        for dtype in sorted(arguments.dtype, key=DTYPES.index):
             common = (shape, dtype, arguments.device, arguments.threads)
             with started(Setup("transformers", *common)) as rival, started(Setup("ours", *common)) as engine:
                 for cell in cells:
@@ -206,12 +209,15 @@ def parsed(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 8], help="questions together")
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--strategy", nargs="+", choices=["token", "sequence"], default=["token", "sequence"])
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all, int8 where it can be")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="of both sides; 0: as torch chooses")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/engine_<device>_<time>.json")
     arguments = parser.parse_args(given)
+    if arguments.dtype is None:
+        can_int8 = arguments.device == "cpu" and int8.supported()
+        arguments.dtype = [dtype for dtype in DTYPES if dtype != "int8" or can_int8]
     if arguments.quick:
         arguments.shape, arguments.batch = ["base"], [4]
     return arguments

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from benchmarks.processor import processor
-from generator_svc.engine.decoder import Affine
+from generator_svc.engine import int8
+from generator_svc.engine.affine import Affine
 
 _PEAK = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
@@ -70,12 +72,17 @@ def peak_memory(device: str) -> int:
 
 @torch.inference_mode()
 def matrix_product_peak(dtype: torch.dtype, device: str) -> float:
-    """Floating-point operations a second of the fastest of a few square products, torch's own and the engine's."""
+    """Operations a second of the fastest of a few square products: torch's own, but for int8, and the engine's."""
     fastest = 0.0
     for size in (1024, 2048, 4096) if device == "cpu" else (4096, 8192):
-        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        for product in (partial(torch.mm, left, right), partial(Affine.__call__, Affine(right, right[0]), left)):
-            fastest = max(fastest, 2 * size**3 / median_time(product, device, 5))
+        states = int8.states_dtype() if dtype == torch.int8 else dtype
+        left, right = (torch.randn(size, size, device=device).to(states) for _ in range(2))
+        if dtype == torch.int8:
+            products: list[Callable[[Tensor], Tensor]] = [int8.Int8Affine(right, right[0], out=states)]
+        else:
+            products = [partial(torch.mm, mat2=right), Affine(right, right[0]).__call__]
+        for product in products:
+            fastest = max(fastest, 2 * size**3 / median_time(partial(product, left), device, 5))
     return fastest
 
 

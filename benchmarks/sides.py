@@ -19,6 +19,7 @@ from benchmarks.models import SHAPES, Inputs, random_inputs, random_rag
 from benchmarks.rivals import transformers_generate
 from generator_svc.checkpoint import Checkpoint
 from generator_svc.engine import RagEngine
+from generator_svc.engine.int8 import states_dtype as int8_states_dtype
 from shared.schemas import Strategy
 
 SideName = Literal["transformers", "ours"]
@@ -56,7 +57,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a side is given once. ``dtype`` is torch's name for it; ``threads`` 0: as torch chooses."""
+    """What a side is given once. ``threads`` 0: as torch chooses.
+
+    ``dtype`` is torch's name for it. transformers has no int8: it computes in what surrounds our products of int8.
+    """
 
     name: SideName
     shape: str
@@ -65,20 +69,25 @@ class Setup:
     threads: int
 
 
-def engine_of(model: Any, device: str) -> RagEngine:
-    """Our engine over a model in memory. Tokenizers belong to a checkpoint, and the engine reads none."""
+def states_dtype(dtype: str) -> torch.dtype:
+    """What a model is made in: for int8 what the engine computes in between the products."""
+    found: torch.dtype = int8_states_dtype() if dtype == "int8" else getattr(torch, dtype)
+    return found
+
+
+def random_engine(shape: str, dtype: str, device: str) -> RagEngine:
+    """Our engine over random weights. Tokenizers belong to a checkpoint, and the engine reads none."""
     none = cast("Any", None)
-    generator = model.generator
     return RagEngine(
         Checkpoint(
             name="random",
-            model=model,
+            model=random_rag(SHAPES[shape], states_dtype(dtype), device),
             question_tokenizer=none,
             generator_tokenizer=none,
             strategies=("token", "sequence"),
             encoder="",
             device=torch.device(device),
-            dtype=generator.dtype,
+            dtype=getattr(torch, dtype),
         )
     )
 
@@ -178,10 +187,10 @@ def _live(connection: Connection, setup: Setup) -> None:
 
 def _generator(setup: Setup) -> Callable[[Inputs, Cell], Any]:
     """What answers a batch: (B, 1 + T)."""
-    model = random_rag(SHAPES[setup.shape], getattr(torch, setup.dtype), setup.device)
     if setup.name == "transformers":
+        model = random_rag(SHAPES[setup.shape], states_dtype(setup.dtype), setup.device)
         return lambda inputs, cell: transformers_generate(model, inputs, cell.strategy, cell.beams, NEW_TOKENS)
-    engine = engine_of(model, setup.device)
+    engine = random_engine(setup.shape, setup.dtype, setup.device)
     return lambda inputs, cell: (
         engine.generate(
             inputs.input_ids,

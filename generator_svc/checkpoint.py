@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     GenerationConfig,
@@ -44,7 +45,7 @@ class Checkpoint:
     strategies: tuple[Strategy, ...]
     encoder: str  # fingerprint of the question encoder
     device: torch.device
-    dtype: torch.dtype  # of the generator; the question encoder stays in float32
+    dtype: torch.dtype  # of the generator's weights; the question encoder stays in float32
 
     @property
     def config(self) -> RagConfig:
@@ -105,7 +106,8 @@ def load_checkpoint(
     """Load `path`, a local folder or a hub id, onto `device`, the generator in `dtype`.
 
     The question encoder is kept in float32 whatever `dtype` is: its share of the time is small, and its vectors meet
-    an index that was built from float32. `any_strategy` allows both heads whatever the checkpoint was trained for.
+    an index that was built from float32. Weights that are to be int8 are loaded in float32: the engine rounds them, and
+    decides what the rest is computed in. `any_strategy` allows both heads whatever the checkpoint was trained for.
 
     Raises:
         StartupError: not found, not RAG, weights missing, left over or of another shape, tokenizers missing or of
@@ -148,7 +150,9 @@ def load_checkpoint(
             raise StartupError(f"{name}: config.generator names no {token}, so that no answer can {need}")
     fingerprint = encoder_fingerprint(model.question_encoder, question_tokenizer)
     model.eval().to(device)
-    model.generator.to(dtype)
+    model.generator.to(torch.float32 if dtype == torch.int8 else dtype)
+    for module in model.question_encoder.modules():
+        own(module)
     return Checkpoint(
         name=Path(name).name if Path(name).is_dir() else name,
         model=model,
@@ -159,6 +163,14 @@ def load_checkpoint(
         device=torch.device(device),
         dtype=dtype,
     )
+
+
+def own(module: nn.Module) -> None:
+    """Copies the module's own weights, which transformers leaves in the mapped file: one keeps all of it mapped."""
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.data.clone()
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        setattr(module, name, buffer.clone())  # with new data it would still remember what it was a view of
 
 
 def _read(name: str, what: str, cls: Any, **options: Any) -> Any:

@@ -45,9 +45,9 @@ _ENCODER = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, 
 
 
 def in_memory(model: RagTokenForGeneration) -> Checkpoint:
-    """A checkpoint for the engine alone: nobody reads its tokenizers."""
+    """A checkpoint for the engine alone, which takes the weights of a copy; nobody reads its tokenizers."""
     nobody: Any = None
-    device = torch.device("cpu")
+    device, model = torch.device("cpu"), copy.deepcopy(model)
     return Checkpoint("random", model, nobody, nobody, ("token", "sequence"), "", device, model.generator.dtype)
 
 

@@ -15,8 +15,9 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from generator_svc.engine import RagEngine, kernels
+from generator_svc.engine.affine import Affine
 from generator_svc.engine.beams import REJECTED, Beams
-from generator_svc.engine.decoder import Affine, Norm
+from generator_svc.engine.decoder import Norm
 from generator_svc.engine.search import BeamSearch
 from shared.schemas import Strategy
 from tests.parity import in_memory

@@ -33,10 +33,10 @@ CPU_HELD_NUMBERS = 40 * 2**20
 
 
 class BartBackend:
-    def __init__(self, model: RagTokenForGeneration, *, cuda_graphs: bool = True) -> None:
+    def __init__(self, model: RagTokenForGeneration, *, int8: bool = False, cuda_graphs: bool = True) -> None:
         self._model = model
         generator: Any = model.config.generator
-        self._bart = Bart(model.generator)
+        self._bart = Bart(model.generator, int8=int8)
         self.lanes: Lanes | None = None
         """What moves questions of one form on in step; None: every question by itself."""
         if cuda_graphs and self._bart.device.type == "cuda":

@@ -35,9 +35,10 @@ def zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     Zeros, because what is masked must still be a number. On a CPU pages of its own: malloc keeps what it is given back,
     up to 64 MiB, and would write zeros where no document will ever have a token.
     """
-    if device.type != "cpu":
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size == 0:
         return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 

@@ -9,6 +9,7 @@ S tokens of one document, M new nodes of one document, C cached nodes.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,9 @@ from torch.nn.functional import layer_norm, pad
 from transformers import BartForConditionalGeneration
 from transformers.activations import GELUActivation
 
+from generator_svc.checkpoint import own
 from generator_svc.engine import kernels
+from generator_svc.engine.affine import Affine, rounded
 from generator_svc.engine.attention import (
     Attention,
     Rows,
@@ -39,6 +42,7 @@ from generator_svc.engine.cache import (
     runs,
     zeros,
 )
+from generator_svc.engine.int8 import Int8Affine, states_dtype
 from generator_svc.engine.trials import ROWS
 
 # Documents that go through the encoder together, on a CPU: enough rows for the products to be at their fastest, few
@@ -49,40 +53,9 @@ ALIGNED_ROWS = 64
 POSITION_OFFSET = 2  # BartLearnedPositionalEmbedding keeps two rows that nobody uses
 
 
-# torch multiplies float32 on the CPU with MKL, which reads a weight at a third of the memory's speed where a decode
-# step brings it a few rows. oneDNN's product, which torch.compile uses, took half the time or less for 1 to 20 rows and
-# 5 to 35 % less beyond, and it can apply the GELU as it writes. (Measured on two AVX-512 cores, 768 wide.)
-_ONEDNN: Any = torch.ops.mkldnn._linear_pointwise if torch._C._has_mkldnn else None
-_ONEDNN_DTYPES = [torch.float32] if _ONEDNN is not None else []
-if _ONEDNN is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-    _ONEDNN_DTYPES.append(torch.bfloat16)
-
-
-def rounded(rows: int) -> int:
-    """So many rows as a product with oneDNN gets, the last of them for nothing: up to an eighth more, at most 31.
-
-    oneDNN makes code for every number of rows that it meets: 0.7 ms and 0.7 MB each for a matrix of BART's, and as it
-    keeps 1024 of them, a gigabyte in the end. So it meets few numbers: 74 up to a thousand rows.
-    """
-    step = min(32, 1 << max(0, rows.bit_length() - 4))
-    return -(-rows // step) * step
-
-
-class Affine(NamedTuple):
-    """``x @ weight.T + bias``; ``x`` is (R, in)."""
-
-    weight: Tensor
-    bias: Tensor
-    gelu: bool = False
-    """Whether the exact GELU follows."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype in _ONEDNN_DTYPES:
-            rows, spare = len(x), rounded(len(x)) - len(x)
-            x = pad(x, (0, 0, 0, spare)) if spare else x
-            product: Tensor = _ONEDNN(x, self.weight, self.bias, "gelu" if self.gelu else "none", [], "none")
-            return product[:rows]
-        return kernels.affine(x, self.weight, self.bias, self.gelu)
+Product = Affine | Int8Affine
+Products = Callable[..., Product]
+"""Makes one product of the linear maps of one input."""
 
 
 class Norm(NamedTuple):
@@ -93,9 +66,9 @@ class Norm(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
-    def after(self, affine: Affine, x: Tensor, residual: Tensor) -> Tensor:
+    def after(self, affine: Product, x: Tensor, residual: Tensor) -> Tensor:
         """Of ``affine(x) + residual``, where no GELU comes between."""
-        if x.is_cuda:
+        if isinstance(affine, Affine) and x.is_cuda:
             return kernels.affine_norm(x, affine.weight, affine.bias, residual, self)
         return self(affine(x).add_(residual))
 
@@ -103,12 +76,12 @@ class Norm(NamedTuple):
 class Block(NamedTuple):
     """What encoder and decoder layers have in common: self-attention and the feed-forward network."""
 
-    qkv: Affine
-    out: Affine
+    qkv: Product
+    out: Product
     norm: Norm
-    fc1: Affine
+    fc1: Product
     activation: Callable[[Tensor], Tensor] | None  # None: fc1's own GELU
-    fc2: Affine
+    fc2: Product
     final_norm: Norm
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -118,55 +91,54 @@ class Block(NamedTuple):
 
 
 class CrossAttention(NamedTuple):
-    q: Affine
-    kv: Affine
-    out: Affine
+    q: Product
+    kv: Product
+    out: Product
     norm: Norm
-
-
-def _affine(*modules: nn.Linear) -> Affine:
-    """Stacks linear maps of one input into one; the modules keep views of it, so that no weight is held twice."""
-    weight = torch.cat([m.weight.data for m in modules]) if len(modules) > 1 else modules[0].weight.data
-    bias = torch.cat([m.bias.data for m in modules]) if len(modules) > 1 else modules[0].bias.data
-    if len(modules) > 1:
-        for module, w, b in zip(modules, weight.chunk(len(modules)), bias.chunk(len(modules)), strict=True):
-            module.weight.data, module.bias.data = w, b
-    return Affine(weight, bias)
 
 
 def _norm(module: nn.LayerNorm) -> Norm:
     return Norm(module.weight.data, module.bias.data, module.eps)
 
 
-def _block(module: Any) -> Block:
+def _block(module: Any, product: Products) -> Block:
     attention = module.self_attn
     has_gelu = type(module.activation_fn) is GELUActivation
     return Block(
-        qkv=_affine(attention.q_proj, attention.k_proj, attention.v_proj),
-        out=_affine(attention.out_proj),
+        qkv=product(attention.q_proj, attention.k_proj, attention.v_proj),
+        out=product(attention.out_proj),
         norm=_norm(module.self_attn_layer_norm),
-        fc1=_affine(module.fc1)._replace(gelu=has_gelu),
+        fc1=product(module.fc1, gelu=has_gelu),
         activation=None if has_gelu else module.activation_fn,
-        fc2=_affine(module.fc2),
+        fc2=product(module.fc2),
         final_norm=_norm(module.final_layer_norm),
     )
 
 
-def _cross_attention(module: Any) -> CrossAttention:
+def _cross_attention(module: Any, product: Products) -> CrossAttention:
     attention = module.encoder_attn
     return CrossAttention(
-        q=_affine(attention.q_proj),
-        kv=_affine(attention.k_proj, attention.v_proj),
-        out=_affine(attention.out_proj),
+        q=product(attention.q_proj),
+        kv=product(attention.k_proj, attention.v_proj),
+        out=product(attention.out_proj),
         norm=_norm(module.encoder_attn_layer_norm),
     )
 
 
 class Bart:
-    """The two halves of a ``BartForConditionalGeneration``, on its device and in its dtype."""
+    """The two halves of a ``BartForConditionalGeneration``, on its device and in its dtype.
 
-    def __init__(self, model: BartForConditionalGeneration) -> None:
+    Args:
+        int8: multiplies in int8, and takes the weights away from the model.
+    """
+
+    def __init__(self, model: BartForConditionalGeneration, *, int8: bool = False) -> None:
         config: Any = model.config
+        if int8:
+            nn.Module.to(model, states_dtype())
+        for module in model.modules() if model.device.type == "cpu" else ():
+            if not isinstance(module, nn.Linear) or module is model.lm_head:  # which are copied into another order
+                own(module)
         encoder, decoder = model.model.encoder, model.model.decoder
         self.heads = int(config.decoder_attention_heads)
         self.encoder_heads = int(config.encoder_attention_heads)
@@ -181,18 +153,21 @@ class Bart:
         self.decoder_positions = decoder.embed_positions.weight.data[POSITION_OFFSET:]
         self.encoder_norm = _norm(encoder.layernorm_embedding)
         self.decoder_norm = _norm(decoder.layernorm_embedding)
-        self.encoder_layers = [_block(m) for m in encoder.layers]
-        self.decoder_layers = [(_block(m), _cross_attention(m)) for m in decoder.layers]
+        product: Products = partial(Int8Affine.of_modules, out=self.dtype) if int8 else Affine.of_modules
+        self.encoder_layers = [_block(m, product) for m in encoder.layers]
+        self.decoder_layers = [(_block(m, product), _cross_attention(m, product)) for m in decoder.layers]
         self.vocab_size = len(model.lm_head.weight)
-        self._head = self._output(model)
+        self._head = self._output(model, int8=int8)
 
-    def _output(self, model: BartForConditionalGeneration) -> Affine:
+    def _output(self, model: BartForConditionalGeneration, *, int8: bool) -> Product:
         """From the last states to logits.
 
         On CUDA with rows of padding, so that every row of logits begins where many bytes can be moved at once. A table
         of words that shares the matrix becomes a view of it.
         """
         head, bias = model.lm_head.weight, model.final_logits_bias.data[0].to(self.dtype)
+        if int8:
+            return Int8Affine(head.data, bias, out=torch.float32)
         if self.on_cpu:
             return Affine(head.data, bias)
         spare = -len(head) % ALIGNED_ROWS
@@ -346,5 +321,5 @@ class Bart:
 
     @torch.inference_mode()
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """(R, V), in the generator's dtype."""
+        """(R, V), in the generator's dtype; of int8 float32."""
         return self._head(hidden_RD)[:, : self.vocab_size]

@@ -20,21 +20,31 @@ from generator_svc.engine.backend import Answers, Backend, Decoding, Task
 from generator_svc.engine.bart_backend import BartBackend
 from generator_svc.engine.evidence import Evidence, Generated, evidence_of
 from generator_svc.engine.heads import padded, without_padding
+from generator_svc.engine.int8 import supported as int8_supported
 from generator_svc.engine.options import check_defaults, generation_config
 from generator_svc.engine.transformers_backend import TransformersBackend
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, StartupError
 from shared.schemas import Strategy
 
 
 class RagEngine:
-    """RAG-Token and RAG-Sequence over one checkpoint. Not thread-safe: one thread owns it."""
+    """RAG-Token and RAG-Sequence over one checkpoint, whose generator's weights it takes over: on a CPU they go into
+    another order, and the model is left without them. Not thread-safe: one thread owns it.
+
+    Raises: StartupError: the checkpoint is to be computed in int8, which this device or generator cannot.
+    """
 
     def __init__(self, checkpoint: Checkpoint, *, cuda_graphs: bool = True) -> None:
         check_defaults(checkpoint.name, checkpoint.generation_defaults)
         self.checkpoint = checkpoint
         is_bart = type(checkpoint.model.generator) is BartForConditionalGeneration
+        int8 = checkpoint.dtype == torch.int8
+        if int8:
+            _check_int8(checkpoint, is_bart=is_bart)
         self._backend: Backend = (
-            BartBackend(checkpoint.model, cuda_graphs=cuda_graphs) if is_bart else TransformersBackend(checkpoint.model)
+            BartBackend(checkpoint.model, int8=int8, cuda_graphs=cuda_graphs)
+            if is_bart
+            else TransformersBackend(checkpoint.model)
         )
         generator: Any = checkpoint.config.generator
         self._pad = int(generator.pad_token_id)
@@ -285,6 +295,20 @@ class RagEngine:
             doc_posterior=torch.cat([found.doc_posterior for found in evidence]),
             evidence=evidence,
         )
+
+
+def _check_int8(checkpoint: Checkpoint, *, is_bart: bool) -> None:
+    """Raises: StartupError: there is nothing here that could multiply this model in int8."""
+    generator: Any = checkpoint.config.generator
+    if not is_bart:
+        reason = f"for BART, and the generator of {checkpoint.name} is {generator.model_type}"
+    elif checkpoint.device.type != "cpu":
+        reason = "for CPUs; on CUDA take bfloat16"
+    elif not int8_supported():
+        reason = "for CPUs with VNNI or AMX instructions, and this one has neither"
+    else:
+        return
+    raise StartupError(f"dtype int8 is {reason}. Set GENERATOR_DTYPE=float32 or bfloat16")
 
 
 def _log_prior(doc_scores: Tensor) -> Tensor:

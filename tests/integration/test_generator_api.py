@@ -17,6 +17,7 @@ from transformers import RagTokenForGeneration, RagTokenizer
 from generator_svc.app import create_app
 from generator_svc.checkpoint import load_checkpoint
 from generator_svc.contexts import question_form
+from generator_svc.engine import int8
 from generator_svc.settings import GeneratorSettings
 from shared.vectors import ARROW_TYPE, vectors_from_wire
 from tests.serving import free_port, served
@@ -398,6 +399,17 @@ async def test_metrics_count_stages_outcomes_and_cut_passages(alone: httpx.Async
     assert 'generator_questions_total{outcome="answered"} 1.0' in metrics
     assert 'generator_questions_total{outcome="abstained"} 1.0' in metrics
     assert "generator_truncated_passages_total 1.0" in metrics
+
+
+@pytest.mark.skipif(not int8.supported(), reason="this CPU has no instructions for products of int8")
+async def test_a_generator_in_int8_answers_much_like_one_in_float32(checkpoint: Path, alone: httpx.AsyncClient) -> None:
+    body = {"question": QUESTION, "passages": PASSAGES, "choices": ["Paris", "Lyon", "oxygen"]}
+    async with generator(checkpoint, dtype="int8") as http:
+        assert (await http.get("/info")).json()["model"]["dtype"] == "int8"
+        found = (await http.post("/v1/answer", json=body)).json()["results"][0]["answers"]
+    expected = (await alone.post("/v1/answer", json=body)).json()["results"][0]["answers"]
+    gaps = {answer["text"]: answer["log_prob"] for answer in expected}
+    assert [answer["log_prob"] for answer in found] == pytest.approx([gaps[a["text"]] for a in found], abs=0.5)
 
 
 async def test_info_names_the_model_and_every_limit(alone: httpx.AsyncClient, checkpoint: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BartConfig, RagModel
 
 from generator_svc.checkpoint import load_checkpoint
+from generator_svc.engine import RagEngine
 from generator_svc.fingerprint import encoder_fingerprint
 from shared.errors import InvalidRequest, StartupError
 from tests.tiny_checkpoint import BOTH_HEADS, generator_tokenizer, save_tiny_checkpoint, tiny_model
@@ -164,3 +165,11 @@ def test_without_a_decoder_start_token_no_answer_can_begin(folder: Path) -> None
         (folder / name).write_text(json.dumps(config))
     with pytest.raises(StartupError, match="decoder_start_token_id"):
         load_checkpoint(folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="shows what Linux tells of a process")
+def test_an_engine_leaves_nothing_of_the_file_in_memory(folder: Path) -> None:
+    """transformers maps the file; the weights are held in another order, and would be there twice."""
+    engine = RagEngine.from_pretrained(folder)
+    assert engine.checkpoint.dtype == torch.float32
+    assert str(folder) not in Path("/proc/self/maps").read_text()

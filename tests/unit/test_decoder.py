@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import RagTokenForGeneration
 
 from generator_svc.engine import Evidence, RagEngine
+from generator_svc.engine.affine import Affine, rounded
 from generator_svc.engine.attention import attend
 from generator_svc.engine.cache import DocumentCache
-from generator_svc.engine.decoder import Affine, Bart, rounded
+from generator_svc.engine.decoder import Bart
 from generator_svc.engine.decoding import score
 from generator_svc.engine.trials import ROWS
 from generator_svc.engine.trie import Trie
@@ -258,7 +259,7 @@ def test_products_get_few_numbers_of_rows_and_few_rows_for_nothing() -> None:
 
 HELD_BY_PRODUCTS = """
 import psutil, torch
-from generator_svc.engine.decoder import Affine
+from generator_svc.engine.affine import Affine
 affine, x, process = Affine(torch.randn(256, 64), torch.randn(256), gelu=True), torch.randn(700, 64), psutil.Process()
 affine(x)
 before = process.memory_info().rss
@@ -300,6 +301,13 @@ def test_answers_of_many_lengths_in_bfloat16_hold_little() -> None:
     """oneDNN keeps code for each number of documents and of keys: for these it held 530 MB."""
     done = subprocess.run([sys.executable, "-c", HELD_BY_ANSWERS], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 250
+
+
+def test_a_model_serves_one_engine_on_a_cpu() -> None:
+    model = tiny_model()
+    Bart(model.generator)
+    with pytest.raises(ValueError, match="load the checkpoint again"):
+        Bart(model.generator)
 
 
 HELD_BY_CACHES = """

@@ -26,7 +26,7 @@ def test_the_demo_is_served_on_loopback_unless_told_otherwise() -> None:
         ("GENERATOR_RETRIEVER_URL", "retriever:8001", "must begin with http"),
         ("GENERATOR_RETRIEVER_URL", "http://", "name a host"),
         ("GENERATOR_RETRIEVER_URL", "http://[::1", "is no URL"),
-        ("GENERATOR_DTYPE", "int8", "GENERATOR_DTYPE"),
+        ("GENERATOR_DTYPE", "int4", "GENERATOR_DTYPE"),
         ("GENERATOR_MAX_QUESTIONS", "1000", "max_questions is above max_queue"),
         ("GENERATOR_CHEKPOINT", "x", "did you mean GENERATOR_CHECKPOINT"),
     ],

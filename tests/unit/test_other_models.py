@@ -197,6 +197,11 @@ def test_they_run_through_transformers_classes_and_refuse_what_these_lack(engine
         engine.generate(*contexts(1), strategy="sequence", decoding="fast", max_length=6)
 
 
+def test_they_do_not_multiply_in_int8(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=r"is for BART, and the generator of .* is t5"):
+        RagEngine.from_pretrained(save(tmp_path, t5(), "mean"), dtype=torch.int8)
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_bert_pools_as_its_configuration_says(tmp_path: Path, pooling: str) -> None:
     checkpoint = load_checkpoint(save(tmp_path, mbart(), pooling))

@@ -12,7 +12,6 @@ from prometheus_client import CollectorRegistry
 
 from generator_svc.checkpoint import load_checkpoint
 from generator_svc.contexts import Context
-from generator_svc.engine import RagEngine
 from generator_svc.engine.scheduler import Scheduler
 from generator_svc.metrics import GeneratorMetrics
 from generator_svc.stages import Assemble, Encode, Generate, Score, Stages, Tokenize, batch_key, batch_size
@@ -75,7 +74,7 @@ def test_the_size_of_a_job_is_its_rows() -> None:
 async def test_merged_jobs_of_every_kind_get_their_own_answers_whatever_the_budget(
     stages: Stages, max_tokens: int
 ) -> None:
-    stages.scheduler = Scheduler(RagEngine(stages.checkpoint), max_tokens)
+    stages.scheduler = Scheduler(stages._engine, max_tokens)
     jobs = [
         generate(
             1 + seed % 3,
