@@ -21,7 +21,7 @@ LARGEST = 126.5
 """What the largest number of a row becomes. Its scale is then rounded to the states' dtype, and nothing passes 127."""
 
 TOGETHER = 2**20
-"""Numbers that are rounded at a time: what comes up on the way stays in memory that is there, and near."""
+"""Numbers that are rounded at a time, so that the numbers in between take one small piece of memory in turns."""
 
 _ONEDNN: Any = torch.ops.onednn
 _CPU = torch.cpu.get_capabilities()
@@ -40,7 +40,7 @@ def states_dtype() -> torch.dtype:
 def quantized(x_RI: Tensor) -> tuple[Tensor, Tensor]:
     """Rows as uint8 around `ZERO`, (R, I), and the scale of each, (R, 1) in the dtype of ``x_RI``."""
     rows, width = x_RI.shape
-    together = min(rows, max(1, TOGETHER // width))
+    together = max(1, min(rows, TOGETHER // width))
     integers_RI, scale_R1 = torch.empty_like(x_RI, dtype=torch.uint8), x_RI.new_empty(rows, 1)
     wide, other = torch.empty(2, together, width).unbind()
     for start in range(0, rows, together):
