@@ -64,7 +64,7 @@ demo-model: setup-dev  ## train the demo's checkpoint from nothing (up to 90 min
 bench: setup-dev  ## compare the services with transformers' own RAG, on the demo
 	@$(BIN)/python -m benchmarks.answer
 
-bench-engine: setup-dev  ## compare the decode engine with transformers' generation (hours; BENCH=--quick: 8 minutes)
+bench-engine: setup-dev  ## compare the decode engine with transformers' generation (hours; BENCH=--quick: 15 minutes)
 	@$(BIN)/python -m benchmarks.engine $(BENCH)
 
 bench-serve: setup-dev  ## load both services at rising rates, beside transformers behind FastAPI (BENCH=--quick: 6 minutes)

@@ -204,7 +204,7 @@ def precision_table(rows: Sequence[Precision]) -> Table:
 
 def parsed(given: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="base shape and batch 4 only: about eight minutes")
+    parser.add_argument("--quick", action="store_true", help="base shape and batch 4 only: a quarter of an hour")
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["base", "large"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 8], help="questions together")
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 4])
