@@ -126,10 +126,9 @@ def _cross_attention(module: Any, product: Products) -> CrossAttention:
 
 
 class Bart:
-    """The two halves of a ``BartForConditionalGeneration``, on its device and in its dtype.
+    """The two halves of a ``BartForConditionalGeneration``, on its device and in its dtype, or with products in int8.
 
-    Args:
-        int8: multiplies in int8, and takes the weights away from the model.
+    On a CPU the model loses the weights: they are held in another order.
     """
 
     def __init__(self, model: BartForConditionalGeneration, *, int8: bool = False) -> None:
