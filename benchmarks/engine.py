@@ -264,7 +264,7 @@ def main() -> None:
         write(output, result)
         console.print(
             f"{row.shape} {row.dtype} {row.strategy} batch {row.batch} beams {row.beams}: "
-            f"{shown(row.transformers_s, '.2f')} s → {row.ours_s:.2f} s, {shown(row.ratio, '.1f')} times",
+            f"{shown(row.transformers_s, '.2f')} → {row.ours_s:.2f} s, ratio {shown(row.ratio, '.1f')}",
             highlight=False,
         )
     of_demo = precisions(arguments.dtype, arguments.device)
