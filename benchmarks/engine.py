@@ -4,8 +4,7 @@ Same weights (random, fixed seed), same inputs, same threads, run by run in turn
 of 212 tokens on average (transformers gets them padded to 300, as its RagRetriever pads them), sixteen new tokens.
 Medians after a warm-up (three on CUDA, where steps are captured); a run that takes more than 20 seconds is done once.
 bfloat16 is compared with transformers in float32, which is what it replaces, and with transformers in bfloat16; int8
-with the same two. Memory is the peak of a process that holds one
-side only.
+with the same two. Memory is the peak of a process that holds one side only.
 """
 
 import argparse

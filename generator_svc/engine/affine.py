@@ -67,8 +67,8 @@ class Affine(NamedTuple):
     def of_modules(cls, *modules: nn.Linear, gelu: bool = False) -> Self:
         """Stacks linear maps of one input into one.
 
-        With oneDNN the modules lose their weights: in its own order few rows take half the time, and many a twentieth
-        less. Elsewhere they keep views.
+        With oneDNN the modules lose their weights: in its own order 5 rows took 0.37 to 0.57 of the time, 20 rows 0.6
+        to 0.8, 1024 rows 0.9 to 0.98 (two AVX-512 cores, 768 to 4096 wide). Elsewhere they keep views.
         """
         weight, bias = stacked(modules)
         if weight.device.type == "cpu" and weight.dtype in _ONEDNN_DTYPES:

@@ -1,4 +1,4 @@
-"""Matrix products in int8 on CPUs that have instructions for them (VNNI, AMX): half of bfloat16's time, or less.
+"""Matrix products in int8 on CPUs that have instructions for them (VNNI, AMX).
 
 A weight is rounded once, on a scale for each of its rows; what it multiplies is rounded on its way, on a scale for each
 row too, so that a row's product is the same whatever stands beside it. Sums of integers are exact. What is no product
