@@ -408,8 +408,8 @@ async def test_a_generator_in_int8_answers_much_like_one_in_float32(checkpoint: 
         assert (await http.get("/info")).json()["model"]["dtype"] == "int8"
         found = (await http.post("/v1/answer", json=body)).json()["results"][0]["answers"]
     expected = (await alone.post("/v1/answer", json=body)).json()["results"][0]["answers"]
-    gaps = {answer["text"]: answer["log_prob"] for answer in expected}
-    assert [answer["log_prob"] for answer in found] == pytest.approx([gaps[a["text"]] for a in found], abs=0.5)
+    exact = {answer["text"]: answer["log_prob"] for answer in expected}
+    assert [answer["log_prob"] for answer in found] == pytest.approx([exact[a["text"]] for a in found], abs=0.5)
 
 
 async def test_info_names_the_model_and_every_limit(alone: httpx.AsyncClient, checkpoint: Path) -> None:

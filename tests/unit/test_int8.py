@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -44,6 +45,16 @@ def test_a_rounded_number_is_half_a_step_away_at_most(seed: int, rows: int, widt
     assert integers_RI.min() >= ZERO - 127
     back_RI = (integers_RI.double() - ZERO) * scale_R1.double()
     assert ((back_RI - x_RI.double()).abs() <= scale_R1.double() * (0.5 + 1e-4)).all()
+
+
+@given(seed=st.integers(0, 10_000), rows=sizes, width=sizes, dtype=dtypes, together=st.integers(1, 300))
+def test_many_rows_are_rounded_in_parts_as_at_once(
+    seed: int, rows: int, width: int, dtype: torch.dtype, together: int
+) -> None:
+    x_RI = random_rows(seed, rows, width, dtype=dtype)
+    with patch.object(int8, "TOGETHER", together):
+        in_parts = quantized(x_RI)
+    assert all(map(torch.equal, in_parts, quantized(x_RI)))
 
 
 @given(seed=st.integers(0, 10_000), rows=sizes, width=sizes, dtype=dtypes)
