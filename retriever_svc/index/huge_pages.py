@@ -23,14 +23,21 @@ def to_huge_pages(index: Any) -> int:
     """Ask for huge pages for what ``index`` holds; how many bytes got them. Where that cannot be, nothing changes."""
     if not index.ntotal or not sys.platform.startswith("linux"):
         return 0
+    return sum(collapsed(first, end) for first, end in covered(_arrays(index)))
+
+
+def collapsed(first: int, end: int) -> int:
+    """Ask for huge pages for a stretch of addresses; how many of its bytes have them.
+
+    Its last page may reach beyond what is mapped, where an array ends with the heap: that one is refused, and the
+    others are not.
+    """
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    moved = 0
-    for first, end in covered(_arrays(index)):
-        madvise(first, end - first, mmap.MADV_HUGEPAGE)  # where the next line fails, the kernel may do it later
-        if madvise(first, end - first, COLLAPSE) == 0:
-            moved += end - first
-    return moved
+    madvise(first, end - first, mmap.MADV_HUGEPAGE)  # where the next line fails, the kernel may do it later
+    if madvise(first, end - first, COLLAPSE) == 0:
+        return end - first
+    return sum(HUGE for page in range(first, end, HUGE) if madvise(page, HUGE, COLLAPSE) == 0)
 
 
 def covered(arrays: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """Which memory is asked for: whole pages that the arrays fill by half at least; and a search finds the same after."""
 
 import itertools
+import mmap
 from pathlib import Path
 
 import faiss
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retriever_svc.index.huge_pages import HUGE, covered, to_huge_pages
+from retriever_svc.index.huge_pages import HUGE, collapsed, covered, to_huge_pages
 from tests.retriever_data import random_embeddings
 
 
@@ -45,11 +46,20 @@ def test_a_search_finds_the_same_on_huge_pages(factory: str) -> None:
     after = index.search(vectors[:50], 5)
     for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a, b)
-    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if enabled.exists() and "[never]" not in enabled.read_text() and _linux_collapses():
+    if _linux_collapses():
         assert moved > 0
 
 
+def test_a_page_that_ends_in_nothing_keeps_no_other_from_being_huge() -> None:
+    memory = mmap.mmap(-1, 5 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    first = -(-address // HUGE) * HUGE
+    memory.resize(first - address + 3 * HUGE + HUGE // 2)
+    memory.write(b"x" * len(memory))
+    assert collapsed(first, first + 4 * HUGE) == (3 * HUGE if _linux_collapses() else 0)
+
+
 def _linux_collapses() -> bool:
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     major, minor = Path("/proc/sys/kernel/osrelease").read_text().split(".")[:2]
-    return (int(major), int(minor)) >= (6, 1)
+    return enabled.exists() and "[never]" not in enabled.read_text() and (int(major), int(minor)) >= (6, 1)
