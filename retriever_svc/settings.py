@@ -15,12 +15,6 @@ class RetrieverSettings(ServiceSettings):
     model_config = SettingsConfigDict(env_prefix="RETRIEVER_")
 
     port: int = Field(default=8001, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    max_wait_ms: float = Field(
-        default=0,
-        ge=0,
-        le=1000,
-        description="Longest wait for others to share a search; those that come during one share the next anyway.",
-    )
     data_dir: Path = Field(default=Path("data"), description="Folder that holds the collections.")
     seed: Path = Field(
         default=DEMO_PASSAGES,

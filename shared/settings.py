@@ -62,7 +62,12 @@ class ServiceSettings(BaseSettings):
         description="How long a queue may stand before only so many requests are taken as are answered without a wait, "
         "and the rest refused with 429. 0: never; then a request waits as long as its deadline allows.",
     )
-    max_wait_ms: float = Field(default=2.0, ge=0, le=1000, description="Longest wait for others to share a batch.")
+    max_wait_ms: float = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="Longest wait for others to share a batch; those that come during one share the next anyway.",
+    )
     max_connections: int = Field(default=1000, ge=1, description="Connections that are open at once.")
     max_header_bytes: int = Field(default=32 * 2**10, ge=1024, description="Largest head of a request.")
     header_timeout_s: float = Field(
