@@ -130,8 +130,19 @@ class Segment:
         self._mask = self._node_mask(seen, visible, like)
         if kept:
             self._group.reserve(self._seen)
-            places = [(d.slot, d.size + i) for d, n in zip(documents, counts, strict=True) for i in range(n)]
-            self._places = torch.tensor(places).T.to(like.device)
+            self._places = self._new_places(documents, counts, like.device)
+
+    def _new_places(
+        self, documents: Sequence[DocumentCache], counts: Sequence[int], device: torch.device
+    ) -> tuple[slice | Tensor, slice | Tensor]:
+        """Slots and positions of the new nodes: slices where they are the same in all documents."""
+        sizes = {(document.size, n) for document, n in zip(documents, counts, strict=True)}
+        if len(sizes) == 1:
+            [(size, n)] = sizes
+            return self._slots, slice(size, size + n)
+        places = [(d.slot, d.size + i) for d, n in zip(documents, counts, strict=True) for i in range(n)]
+        slots, positions = torch.tensor(places).T.to(device)
+        return slots, positions
 
     def _node_mask(self, seen: Sequence[int], visible: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
         """(N, 1, M, W)"""
@@ -156,16 +167,16 @@ class Segment:
         if not self._kept:
             q, k, v = self._rows.padded(qkv_R3HE).permute(2, 0, 3, 1, 4)
             return self._packed(attend(q, k, v, self._mask))
-        keys, values = self._group.nodes[layer]
+        nodes_2NHCE, kv_R2HE = self._group.nodes[layer], qkv_R3HE[:, 1:]
         slots, positions = self._places
-        keys[slots, :, positions] = qkv_R3HE[:, 1]
-        values[slots, :, positions] = qkv_R3HE[:, 2]
-        seen = (self._slots, slice(None), slice(self._seen))
-        return self._packed(attend(self._by_head(qkv_R3HE[:, 0]), keys[seen], values[seen], self._mask))
+        is_slice = isinstance(positions, slice)
+        nodes_2NHCE[:, slots, :, positions] = self._rows.padded(kv_R2HE).permute(2, 0, 3, 1, 4) if is_slice else kv_R2HE
+        keys, values = nodes_2NHCE[:, self._slots, :, : self._seen].unbind()
+        return self._packed(attend(self._by_head(qkv_R3HE[:, 0]), keys, values, self._mask))
 
     def attend_to_source(self, layer: int, q_RHE: Tensor) -> Tensor:
         """Cross-attention, (R, H, E)."""
-        keys, values = self._group.cross[layer][:, self._slots, :, : self._source]
+        keys, values = self._group.cross[layer][:, self._slots, :, : self._source].unbind()
         return self._packed(attend(self._by_head(q_RHE), keys, values, self._source_mask))
 
     def _by_head(self, rows_RHE: Tensor) -> Tensor:

@@ -66,10 +66,9 @@ class TreeDecoding(BartDecoding):
         self.search = search
         self._log_prior = task.log_prior.to(device)
         self.depth = 0
-        # a problem: (K, C + K) bool, the nodes behind each of its rows, the row itself included
-        root = torch.ones(1, 1, dtype=torch.bool, device=device)
-        self._visible: list[Tensor] = [root for _ in search.rows]
-        self._is_chain = [True for _ in search.rows]  # whether a problem has never had two rows at once
+        # a problem: (K, C + K) bool, the nodes behind each of its rows, the row itself included; None as long as it has
+        # never had two rows at once, and its row sees every node
+        self._visible: list[Tensor | None] = [None for _ in search.rows]
 
     @property
     def finished(self) -> bool:
@@ -82,25 +81,19 @@ class TreeDecoding(BartDecoding):
     def results(self) -> list[list[Result]]:
         return self.search.results()
 
-    def live(self) -> list[tuple[DocumentCache, int]]:
-        """Documents that still have rows, with the problem whose rows they run."""
+    def inputs(self) -> tuple[list[DocumentCache], Tensor, list[Tensor | None]]:
+        """Documents that still have rows, the rows' tokens (R,), documents one behind the other, and their masks."""
         if self.task.strategy == "token":
-            return [(cache, 0) for cache in self.caches]
-        return [(cache, problem) for problem, cache in enumerate(self.caches) if self.search.rows[problem]]
-
-    def row_inputs(self, problem: int) -> tuple[Tensor, Tensor | None]:
-        """Tokens (K,) and visibility of one problem's rows; None where every row sees every node."""
-        start = sum(self.search.rows[:problem])
-        visible = self._visible[problem]
-        tokens = self.search.tokens[start : start + self.search.rows[problem]]
-        return tokens, None if self._is_chain[problem] else visible
+            documents = list(self.caches)
+            return documents, self.search.tokens.repeat(len(documents)), self._visible * len(documents)
+        live = [problem for problem, rows in enumerate(self.search.rows) if rows]
+        return [self.caches[at] for at in live], self.search.tokens, [self._visible[at] for at in live]
 
     def advance(self, logits_RV: Tensor) -> None:
         """Takes the logits of this question's rows, documents one behind the other."""
         if self.task.strategy == "token":
-            joint_NKV = logits_RV.view(len(self.caches), -1, logits_RV.shape[1])
-            log_probs = marginalize(joint_NKV, self._log_prior)
-            self.search.advance(log_probs, joint_NKV)
+            logits_NKV = logits_RV.view(len(self.caches), -1, logits_RV.shape[1])
+            self.search.advance(*marginalize(logits_NKV, self._log_prior))
         else:
             log_probs = document_log_probs(logits_RV)
             # greedy and sampling process logits, beams log-probabilities: as in transformers
@@ -109,11 +102,12 @@ class TreeDecoding(BartDecoding):
         self.depth += 1
         start = 0
         for problem, rows in enumerate(self.search.rows):
-            if rows:
+            before = self._visible[problem]
+            if rows > 1 or (rows and before is not None):
                 parents = self.search.parents[start : start + rows]
                 new = torch.eye(rows, dtype=torch.bool, device=parents.device)
-                self._visible[problem] = torch.cat([self._visible[problem][parents], new], 1)
-                self._is_chain[problem] &= rows == 1
+                before = new.new_ones(1, self.depth) if before is None else before
+                self._visible[problem] = torch.cat([before[parents], new], 1)
             start += rows
 
 
@@ -122,19 +116,17 @@ def step(bart: Bart, running: Sequence[TreeDecoding]) -> None:
     """One token for every row of every question."""
     for group in {cache.group for decoding in running for cache in decoding.caches}:
         group.shrink()
-    caches, tokens, depths, visible, counts = [], [], [], [], []
+    caches: list[DocumentCache] = []
+    visible: list[Tensor | None] = []
+    tokens, depths = [], []
     for decoding in running:
-        count = 0
-        for cache, problem in decoding.live():
-            row_tokens, mask = decoding.row_inputs(problem)
-            caches.append(cache)
-            tokens.append(row_tokens)
-            visible.append(mask)
-            depths.append(torch.full_like(row_tokens, decoding.depth))
-            count += len(row_tokens)
-        counts.append(count)
+        documents, of_rows, masks = decoding.inputs()
+        caches += documents
+        visible += masks
+        tokens.append(of_rows)
+        depths.append(torch.full_like(of_rows, decoding.depth))
     logits_RV = bart.logits(bart.extend(caches, torch.cat(tokens), torch.cat(depths), visible)).float()
-    for decoding, logits in zip(running, torch.split(logits_RV, counts), strict=True):
+    for decoding, logits in zip(running, torch.split(logits_RV, list(map(len, tokens))), strict=True):
         decoding.advance(logits)
 
 

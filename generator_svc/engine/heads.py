@@ -11,13 +11,16 @@ from torch import Tensor
 from generator_svc.engine import kernels
 
 
-def marginalize(logits_NKV: Tensor, log_prior_N: Tensor) -> Tensor:
-    """RAG-Token: log Σ_z p(z|x) p(y_t | x, z, y_<t), (K, V) float32. Leaves the terms of the sum in its argument.
+def marginalize(logits_NKV: Tensor, log_prior_N: Tensor) -> tuple[Tensor, Tensor]:
+    """RAG-Token: log Σ_z p(z|x) p(y_t | x, z, y_<t), (K, V) float32, and the logarithms of its terms, (N, K, V).
 
     Source: Lewis et al. 2020, §2.1; ``RagTokenForGeneration.marginalize``.
     """
-    logits_NKV -= logits_NKV.logsumexp(-1, keepdim=True) - log_prior_N[:, None, None]
-    return logits_NKV.logsumexp(0)
+    terms_NKV = logits_NKV.log_softmax(-1).add_(log_prior_N[:, None, None])
+    # `logsumexp` of torch goes over the terms seven times, `log_softmax` once: what it takes from each term is the sum
+    # that is looked for, with the least rounding where the term is the largest. No term at all: -inf.
+    total_KV = terms_NKV.amax(0).sub_(terms_NKV.log_softmax(0).amax(0))
+    return total_KV.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), terms_NKV
 
 
 def log_normalizer(logits_RV: Tensor) -> Tensor:
@@ -31,7 +34,7 @@ def log_normalizer(logits_RV: Tensor) -> Tensor:
 
 def document_log_probs(logits_RV: Tensor) -> Tensor:
     """RAG-Sequence: log p(y_t | x, z, y_<t), (R, V)."""
-    return logits_RV - logits_RV.logsumexp(-1, keepdim=True)
+    return logits_RV.log_softmax(-1)
 
 
 def unique_rows(rows: Sequence[Tensor]) -> list[Tensor]:

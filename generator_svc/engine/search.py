@@ -55,6 +55,13 @@ class Search(Protocol):
         """For each problem what it has found, best first."""
 
 
+def processed(processors: LogitsProcessorList, history: Tensor, scores_RV: Tensor) -> Tensor:
+    """What the rules make of scores. The list, called itself, inspects the signature of each of them every time."""
+    for processor in processors:
+        scores_RV = processor(cast("LongTensor", history), cast("FloatTensor", scores_RV))
+    return scores_RV
+
+
 class RowSearch:
     """Greedy search, or multinomial sampling where there is a sampler. Every row is on its own."""
 
@@ -78,8 +85,8 @@ class RowSearch:
         self.history = torch.full((problems * samples, max_length), pad, device=device)
         self.history[:, 0] = start
         self._kept = torch.zeros(problems * samples, max_length - 1, documents, device=device)
-        self._open = torch.arange(problems * samples, device=device)
-        self.lengths = torch.ones_like(self._open)
+        self._open = list(range(problems * samples))
+        self.lengths = torch.ones(problems * samples, dtype=torch.int64, device=device)
         self.rows = [1] * problems
         self.tokens = torch.full((problems,), start, device=device)
         self.parents = torch.zeros(problems, dtype=torch.int64, device=device)
@@ -95,22 +102,26 @@ class RowSearch:
         return self.history.view(self._problems, self._samples, -1)
 
     def advance(self, log_probs_RV: Tensor, by_document_NRV: Tensor) -> None:
-        length, before = self.length, self._open // self._samples
+        length, problems = self.length, [row // self._samples for row in self._open]
         if length == 1:
             log_probs_RV = log_probs_RV.repeat_interleave(self._samples, 0)
-        tokens = self._chosen(self.history[self._open, :length], log_probs_RV)
+        places = slice(None) if len(self._open) == len(self.history) else torch.tensor(self._open)
+        tokens = self._chosen(self.history[places, :length], log_probs_RV)
+        self.history[places, length] = tokens
         # all samples of a problem come of one row at first
-        rows = before if length == 1 else torch.arange(len(tokens), device=tokens.device)
-        self.history[self._open, length] = tokens
-        self._kept[self._open, length - 1] = by_document_NRV[:, rows, tokens].T
-        self.lengths[self._open] = self.length = length + 1
-        going = ~self._stops(self.history[self._open, : length + 1])
-        self._open = self._open[going]
-        after = self._open // self._samples
-        first_row = torch.searchsorted(before, after)  # where the problem's rows of this step began
-        self.parents = torch.zeros_like(after) if length == 1 else going.nonzero()[:, 0] - first_row
-        self.tokens = tokens[going]
-        self.rows = torch.bincount(after, minlength=self._problems).tolist()
+        rows = torch.tensor(problems if length == 1 else range(len(problems)), device=tokens.device)
+        self._kept[places, length - 1] = by_document_NRV[:, rows, tokens].T
+        self.lengths[places] = self.length = length + 1
+        stops = self._stops(self.history[places, : length + 1]).tolist()
+        going = [at for at, stop in enumerate(stops) if not stop]
+        first_row = {problem: at for at, problem in reversed(list(enumerate(problems)))}  # of this step
+        parents = [0 if length == 1 else at - first_row[problems[at]] for at in going]
+        self.parents = torch.tensor(parents, dtype=torch.int64, device=tokens.device)
+        self.tokens = tokens if len(going) == len(stops) else tokens[going]
+        self.rows = [0] * len(self.rows)
+        for at in going:
+            self.rows[problems[at]] += 1
+        self._open = [self._open[at] for at in going]
 
     def choose_in_place(self, log_probs_RV: Tensor, shares: Shares, alive_P: Tensor) -> None:
         """As :meth:`advance`, for problems of one row, all of which have one here; a finished one's means nothing."""
@@ -123,7 +134,7 @@ class RowSearch:
         alive_P &= ~self._stops(self.history[:, : length + 1])
 
     def _chosen(self, history: Tensor, log_probs_RV: Tensor) -> Tensor:
-        scores = self.processors(cast("LongTensor", history), cast("FloatTensor", log_probs_RV))
+        scores = processed(self.processors, history, log_probs_RV)
         if self._sampler is None:
             return scores.argmax(-1)
         probabilities = scores.softmax(-1)
@@ -211,7 +222,7 @@ class BeamSearch:
         if length == 1:
             log_probs_RV = log_probs_RV.repeat_interleave(beams, 0)
         history = self.open[:, :, :length].flatten(0, 1)
-        scores_RV = self.processors(cast("LongTensor", history), cast("FloatTensor", log_probs_RV))
+        scores_RV = processed(self.processors, history, log_probs_RV)
         scores, parents, tokens = kernels.best_continuations(
             scores_RV.view(problems, beams, -1), self._beams.open_scores, self._candidates
         )
