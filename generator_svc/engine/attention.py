@@ -17,13 +17,19 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from generator_svc.engine.cache import DocumentCache, alike, runs
 
+# Two batched products and a softmax took 0.4 to 0.8 of the time of torch's attention in float32 for a few rows, as long
+# or longer from 16 on; in bfloat16 0.35 to 0.55 of it for any number. (Heads of 64, 64 to 224 keys, two AVX-512 cores.)
+FEW_ROWS = 8
 # oneDNN makes half a megabyte of code for every form of a product of bfloat16 that it meets, and keeps a thousand of
-# them. So on a CPU a row meets few: keys in multiples of this number, and documents in powers of two.
+# them. So on a CPU such rows meet few forms: keys, and rows where they are many, in multiples of this number; documents
+# in powers of two, or where rows are many one by one.
 WIDTHS = 32
+# Scores held at once where rows are many: 2 MiB in bfloat16, which stay in a core's cache.
+SCORES = 2**20
 
 
 def widened(keys: int, like: Tensor) -> int:
-    """So many keys as rows of this kind attend to, the last of them masked."""
+    """So many keys as rows of this kind attend to, the last of them masked; and so many rows as many of them are."""
     return -(-keys // WIDTHS) * WIDTHS if _makes_code(like) else keys
 
 
@@ -32,12 +38,12 @@ def _makes_code(like: Tensor) -> bool:
 
 
 class Rows:
-    """The rows of neighbouring documents, ``counts`` of each, packed or padded."""
+    """The rows of neighbouring documents, ``counts`` of each, packed, or padded to `width` or the longest."""
 
-    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
-        self.shape = (len(counts), max(counts))
+    def __init__(self, counts: Sequence[int], device: torch.device, width: int = 0) -> None:
+        self.count, self.shape = sum(counts), (len(counts), width or max(counts))
         self._places: Tensor | None = None
-        if min(counts) != max(counts):
+        if min(counts) != self.shape[1]:
             self._places = torch.cat([torch.arange(n) + i * self.shape[1] for i, n in enumerate(counts)]).to(device)
 
     def padded(self, packed: Tensor) -> Tensor:
@@ -55,22 +61,36 @@ class Rows:
 
 def attend(q_NHME: Tensor, k_NHSE: Tensor, v_NHSE: Tensor, mask: Tensor | None) -> Tensor:
     """(N, H, M, E). ``mask``: 0 or -inf, to be added."""
-    if q_NHME.shape[2] > 1 or q_NHME.device.type != "cpu":
-        return scaled_dot_product_attention(q_NHME, k_NHSE, v_NHSE, attn_mask=mask)
-    parts = powers_of_two(len(q_NHME)) if _makes_code(q_NHME) else [slice(None)]
-    masks = [None if mask is None else mask[part] for part in parts]
-    found = [
-        _attend_with_one_row(q_NHME[part], k_NHSE[part], v_NHSE[part], mask)
-        for part, mask in zip(parts, masks, strict=True)
-    ]
-    return found[0] if len(found) == 1 else torch.cat(found)
+    if _makes_code(q_NHME):
+        return _attend_in_parts(q_NHME, k_NHSE, v_NHSE, mask)
+    if q_NHME.device.type == "cpu" and q_NHME.shape[2] <= FEW_ROWS:
+        return _attend(q_NHME, k_NHSE, v_NHSE, mask)
+    return scaled_dot_product_attention(q_NHME, k_NHSE, v_NHSE, attn_mask=mask)
 
 
-def _attend_with_one_row(q_NH1E: Tensor, k_NHSE: Tensor, v_NHSE: Tensor, mask: Tensor | None) -> Tensor:
-    """torch's kernel for CPUs is made for many rows: for one it takes two (float32) to six (bfloat16) times as long."""
-    scores = torch.matmul(q_NH1E, k_NHSE.transpose(2, 3)).float() * q_NH1E.shape[3] ** -0.5
-    weights = (scores if mask is None else scores + mask).softmax(-1)
+def _attend(q_NHME: Tensor, k_NHSE: Tensor, v_NHSE: Tensor, mask: Tensor | None) -> Tensor:
+    scores = torch.matmul(q_NHME, k_NHSE.transpose(2, 3)).float().mul_(q_NHME.shape[3] ** -0.5)
+    weights = (scores if mask is None else scores.add_(mask)).softmax(-1)
     return torch.matmul(weights.to(v_NHSE.dtype), v_NHSE)
+
+
+def _attend_in_parts(q_NHME: Tensor, k_NHSE: Tensor, v_NHSE: Tensor, mask: Tensor | None) -> Tensor:
+    """Such parts as have few forms."""
+    documents, heads, rows, _ = q_NHME.shape
+    parts, together = powers_of_two(documents), rows
+    if rows >= WIDTHS:
+        parts = [slice(at, at + 1) for at in range(documents)]
+        together = max(WIDTHS, SCORES // (heads * k_NHSE.shape[2]) // WIDTHS * WIDTHS)
+    if len(parts) == 1 and rows <= together:
+        return _attend(q_NHME, k_NHSE, v_NHSE, mask)
+    found_NMHE = torch.empty_like(q_NHME.transpose(1, 2), memory_format=torch.contiguous_format)
+    for part in parts:
+        for start in range(0, rows, together):
+            at = slice(start, start + together)
+            of_part = None if mask is None else mask[part] if mask.shape[2] == 1 else mask[part, :, at]
+            found = _attend(q_NHME[part, :, at], k_NHSE[part], v_NHSE[part], of_part)
+            found_NMHE[part, at] = found.transpose(1, 2)
+    return found_NMHE.transpose(1, 2)
 
 
 def powers_of_two(count: int) -> list[slice]:
@@ -121,12 +141,13 @@ class Segment:
         self._group, self._kept = documents[0].group, kept
         self._slots = slice(documents[0].slot, documents[-1].slot + 1)
         like = self._group.cross[0]
-        self._rows = Rows(counts, like.device)
+        # of rows that stay there are as many as beams
+        self._rows = Rows(counts, like.device, 0 if kept else widened(max(counts), like))
         lengths = [document.length for document in documents]
         self._source = widened(max(lengths), like)
         self._source_mask = length_mask(lengths, like, self._source)
         seen = [(document.size if kept else 0) + n for document, n in zip(documents, counts, strict=True)]
-        self._seen = widened(max(seen), like) if kept else max(seen)
+        self._seen = widened(max(seen), like)
         self._mask = self._node_mask(seen, visible, like)
         if kept:
             self._group.reserve(self._seen)

@@ -241,14 +241,16 @@ class Bart:
         lengths = [len(c) for c in contexts]
         tokens_P, positions_P = torch.cat(list(contexts)), torch.cat([torch.arange(n) for n in lengths])
         if self.on_cpu:  # here, where it is a number a row, and not before each product
-            spare = rounded(len(tokens_P)) - len(tokens_P)
+            reach = len(tokens_P) - lengths[-1] + widened(lengths[-1], self.decoder_embed)
+            spare = rounded(reach) - len(tokens_P)
             tokens_P, positions_P = pad(tokens_P, (0, spare)), pad(positions_P, (0, spare))
         tokens_P, positions_P = torch.stack([tokens_P, positions_P]).to(self.device)
         x_PD = self._embed(tokens_P, self.encoder_embed, positions_P, self.encoder_positions, self.encoder_norm)
-        # One document after the other on a CPU, which computes padding as slowly as text.
+        # One document after the other on a CPU, which computes padding as slowly as text. What one is widened by are
+        # rows of the next.
         parts = [[n] for n in lengths] if self.on_cpu else [lengths[part] for part in alike(lengths)]
-        rows = [Rows(part, self.device) for part in parts]
-        masks = [length_mask(part, x_PD) for part in parts]
+        rows = [Rows([widened(part[0], x_PD)] if self.on_cpu else part, self.device) for part in parts]
+        masks = [length_mask(part, x_PD, of_part.shape[1]) for part, of_part in zip(parts, rows, strict=True)]
         for layer in self.encoder_layers:
             attended_PD = self._attend_in_documents(layer.qkv(x_PD), rows, masks, [sum(part) for part in parts])
             x_PD = layer.norm.after(layer.out, attended_PD, x_PD)
@@ -267,10 +269,11 @@ class Bart:
     ) -> Tensor:
         """The encoder's self-attention, (P, D); the queries' place is taken by what comes out."""
         qkv = qkv_P3D.view(len(qkv_P3D), 3, self.encoder_heads, -1)
-        split = torch.split(qkv[: sum(counts)], list(counts))
-        for part, of_part, mask in zip(rows, split, masks, strict=True):
-            q, k, v = part.padded(of_part).permute(2, 0, 3, 1, 4)
-            of_part[:, 0] = part.packed(attend(q, k, v, mask).transpose(1, 2))
+        start = 0
+        for part, mask, count in zip(rows, masks, counts, strict=True):
+            q, k, v = part.padded(qkv[start : start + part.count]).permute(2, 0, 3, 1, 4)
+            qkv[start : start + count, 0] = part.packed(attend(q, k, v, mask).transpose(1, 2))[:count]
+            start += count
         return qkv[:, 0].flatten(1)
 
     @torch.inference_mode()

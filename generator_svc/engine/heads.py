@@ -23,13 +23,11 @@ def marginalize(logits_NKV: Tensor, log_prior_N: Tensor) -> tuple[Tensor, Tensor
     return total_KV.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), terms_NKV
 
 
-def log_normalizer(logits_RV: Tensor) -> Tensor:
-    """``logits_RV.logsumexp(-1)``, (R,) float32, without a second tensor of that size: it may take its place."""
+def log_probs_of(logits_RV: Tensor, rows_X: Tensor, tokens_X: Tensor) -> Tensor:
+    """log p of each token after its row, (X,) float32."""
     if logits_RV.is_cuda:
-        return kernels.log_normalizer(logits_RV)
-    logits_RV = logits_RV.float()
-    largest_R1 = logits_RV.amax(-1, keepdim=True)
-    return logits_RV.sub_(largest_R1).exp_().sum(-1).log_() + largest_R1[:, 0]
+        return logits_RV[rows_X, tokens_X].float() - kernels.log_normalizer(logits_RV)[rows_X]
+    return logits_RV.log_softmax(-1, dtype=torch.float32)[rows_X, tokens_X]
 
 
 def document_log_probs(logits_RV: Tensor) -> Tensor:

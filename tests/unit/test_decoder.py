@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import RagTokenForGeneration
 
-from generator_svc.engine import Evidence, RagEngine
+from generator_svc.engine import Evidence, RagEngine, attention
 from generator_svc.engine.affine import Affine, rounded
 from generator_svc.engine.attention import attend
 from generator_svc.engine.cache import DocumentCache
@@ -340,15 +342,46 @@ def test_caches_take_what_is_written_and_give_it_back() -> None:
     assert after < 6
 
 
-@pytest.mark.parametrize("documents", [1, 2, 3, 7, 20])
-def test_documents_attend_in_powers_of_two_as_each_by_itself(documents: int) -> None:
-    generator = torch.Generator().manual_seed(documents)
-    q, k, v = (torch.randn(documents, 2, keys, 8, generator=generator).bfloat16() for keys in (1, 32, 32))
-    hidden = torch.rand(documents, 1, 1, 32, generator=generator) < 0.3
-    mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf).bfloat16()
-    found = attend(q, k, v, mask)
-    expected = attend(q.float(), k.float(), v.float(), mask.float())
-    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    documents=st.integers(1, 20),
+    rows=st.one_of(st.integers(1, 9), st.sampled_from([32, 64, 96, 160])),
+    keys=st.sampled_from([32, 64, 160]),
+    scores=st.sampled_from([1, 2 * 64 * 160, attention.SCORES]),
+    masked=st.sampled_from(["nothing", "keys", "pairs"]),
+    seed=st.integers(0, 999),
+)
+def test_rows_attend_in_parts_as_torch_lets_all_of_them(
+    *, dtype: torch.dtype, documents: int, rows: int, keys: int, scores: int, masked: str, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(documents, n, 2, 8, generator=generator).to(dtype) for n in (rows, keys, keys))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    hidden = torch.rand(documents, 1, rows if masked == "pairs" else 1, keys, generator=generator) < 0.3
+    mask = None if masked == "nothing" else torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "SCORES", scores)
+        found = attend(q, k, v, mask)
+    expected = scaled_dot_product_attention(q.float(), k.float(), v.float(), None if mask is None else mask.float())
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=6), st.integers(0, 99))
+def test_in_bfloat16_documents_are_encoded_as_in_float32(lengths: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    contexts = [torch.randint(5, 100, (n,), generator=generator) for n in lengths]
+    encoded = [bart.prefill(contexts, nodes=1) for bart in encoders()]
+    for rough, exact in zip(*encoded, strict=True):
+        for layer, layer_of_exact in zip(rough.group.cross, exact.group.cross, strict=True):
+            found = layer[:, rough.slot, :, : rough.length].float()
+            expected = layer_of_exact[:, exact.slot, :, : exact.length]
+            assert (found - expected).abs().mean() < 0.05, "0.9 with a neighbour's tokens among the keys"
+
+
+@cache
+def encoders() -> tuple[Bart, Bart]:
+    return Bart(tiny_model().bfloat16().generator), Bart(tiny_model().bfloat16().float().generator)
 
 
 def test_warming_up_multiplies_few_and_many_rows_with_every_matrix_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,7 +209,8 @@ def test_scoring_in_small_steps_changes_nothing(checkpoints: list[Path], monkeyp
     engine = RagEngine.from_pretrained(checkpoints[0])
     contexts = random_contexts(3)
     made = engine.generate(*contexts, strategy="sequence", num_beams=3, num_return_sequences=3, max_new_tokens=8)
-    monkeypatch.setattr("generator_svc.engine.decoding.LOGITS_ROWS", 3)
+    monkeypatch.setattr("generator_svc.engine.decoding.LOGITS_ROWS", 4)
+    monkeypatch.setattr("generator_svc.engine.decoding.NORMALIZED_ROWS", 2)
     scored = engine.score(*contexts, made.sequences, question=made.question, strategy="sequence")
     assert scored.log_probs.tolist() == pytest.approx(made.log_probs.tolist(), abs=1e-4)
 
