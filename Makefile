@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test coverage test-fast check lint docs demo-model bench bench-engine bench-serve bench-retriever bench-overload audit sbom parity crash swap gpu-check clean browser prometheus bench-build docker-test
+.PHONY: help setup setup-dev run test coverage test-fast check lint docs demo-model bench bench-engine bench-encoder bench-serve bench-retriever bench-overload audit sbom parity crash swap gpu-check clean browser prometheus bench-build docker-test
 
 PYTHON ?= python3
 VENV   := .venv
@@ -66,6 +66,9 @@ bench: setup-dev  ## compare the services with transformers' own RAG, on the dem
 
 bench-engine: setup-dev  ## compare the decode engine with transformers' generation (hours; BENCH=--quick: 15 minutes)
 	@$(BIN)/python -m benchmarks.engine $(BENCH)
+
+bench-encoder: setup-dev  ## questions and passages through a DPR encoder, beside transformers' (2 minutes)
+	@$(BIN)/python -W ignore -m benchmarks.encoder $(BENCH)
 
 bench-serve: setup-dev  ## load both services at rising rates, beside transformers behind FastAPI (BENCH=--quick: 6 minutes)
 	@$(BIN)/python -W ignore -m benchmarks.serve $(BENCH)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from generator_svc.checkpoint import Checkpoint
+from generator_svc.engine.affine import use_onednn
 from shared.errors import StartupError
 from shared.retrieval import Float32Array
 
@@ -16,7 +17,7 @@ POOLINGS = ("cls", "mean")
 
 
 class QuestionEncoder:
-    """DPR's question encoder, or any other of transformers' encoders.
+    """DPR's question encoder, or any other of transformers' encoders, whose weights it takes over (`use_onednn`).
 
     The vector is the encoder's first output, as `RagModel` takes it. Where that is a state for each token, as with
     BERT, ``question_encoder.pooling`` in the checkpoint's config.json says how they become one vector: "cls", the
@@ -25,6 +26,7 @@ class QuestionEncoder:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._model = checkpoint.model.question_encoder
+        use_onednn(self._model)
         self._tokenizer = checkpoint.question_tokenizer
         self._device = checkpoint.device
         self._pooling = getattr(self._model.config, "pooling", None)

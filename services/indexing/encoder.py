@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, DPRContextEncoder, PreTrainedTokenizerBase
 
+from generator_svc.engine.affine import use_onednn
 from generator_svc.fingerprint import encoder_fingerprint
 from services.indexing.options import EncoderOptions, EncoderRecipe, Pooling, TypeIds
 from shared.errors import InvalidRequest, StartupError
@@ -52,6 +53,7 @@ class PassageEncoder:
         self._model = _load_model(options.name, config, pooling)
         fingerprint = encoder_fingerprint(self._model, self._tokenizer)
         self._model.eval().to(self._device, getattr(torch, options.dtype))
+        use_onednn(self._model)
         self._pooling = pooling
         self._type_ids = _type_ids(options, config, self._tokenizer)
         self._max_tokens = self._tokenizer.model_max_length
