@@ -163,7 +163,7 @@ def everything_by_triton() -> Iterator[None]:
 
     with (
         patch.multiple(kernels, **of_triton()),
-        patch.object(affine, "_ONEDNN_DTYPES", []),
+        patch.object(affine, "ONEDNN_DTYPES", []),
         patch.object(Norm, "after", after),
     ):
         yield

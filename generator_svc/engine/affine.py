@@ -14,9 +14,9 @@ from generator_svc.engine import kernels
 # step brings it a few rows. oneDNN's product, which torch.compile uses, took half the time or less for 1 to 20 rows and
 # 5 to 35 % less beyond, and it can apply the GELU as it writes. (Measured on two AVX-512 cores, 768 wide.)
 _ONEDNN: Any = torch.ops.mkldnn._linear_pointwise if torch._C._has_mkldnn else None
-_ONEDNN_DTYPES = [torch.float32] if _ONEDNN is not None else []
+ONEDNN_DTYPES = [torch.float32] if _ONEDNN is not None else []
 if _ONEDNN is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-    _ONEDNN_DTYPES.append(torch.bfloat16)
+    ONEDNN_DTYPES.append(torch.bfloat16)
 
 
 def rounded(rows: int) -> int:
@@ -57,7 +57,7 @@ class Affine(NamedTuple):
     """Whether the exact GELU follows."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype in _ONEDNN_DTYPES:
+        if x.device.type == "cpu" and x.dtype in ONEDNN_DTYPES:
             rows, spare = len(x), rounded(len(x)) - len(x)
             x = pad(x, (0, 0, 0, spare)) if spare else x
             product: Tensor = _ONEDNN(x, self.weight, self.bias, "gelu" if self.gelu else "none", [], "none")
@@ -72,7 +72,7 @@ class Affine(NamedTuple):
         to 0.8, 1024 rows 0.9 to 0.98 (two AVX-512 cores, 768 to 4096 wide). Elsewhere they keep views.
         """
         weight, bias = stacked(modules)
-        if weight.device.type == "cpu" and weight.dtype in _ONEDNN_DTYPES:
+        if weight.device.type == "cpu" and weight.dtype in ONEDNN_DTYPES:
             emptied(modules)
             return cls(torch.ops.mkldnn._reorder_linear_weight(weight, None), bias, gelu)
         for module, w, b in zip(modules, weight.chunk(len(modules)), bias.chunk(len(modules)), strict=True):
@@ -99,10 +99,10 @@ ENCODERS = ("bert", "camembert", "distilbert", "dpr", "electra", "mpnet", "rober
 def use_onednn(encoder: PreTrainedModel) -> None:
     """Lets oneDNN multiply for one of transformers' encoders, where it stands on a CPU.
 
-    In float32 DPR's took 0.4 of the time for a few questions, and 0.55 for passages (`python -m benchmarks.encoder`).
+    In float32 DPR's took 0.37 to 0.44 of the time for questions, half for passages (`python -m benchmarks.encoder`).
     The model loses its weights, and cannot be saved after.
     """
-    known = encoder.config.model_type in ENCODERS and encoder.dtype in _ONEDNN_DTYPES
+    known = encoder.config.model_type in ENCODERS and encoder.dtype in ONEDNN_DTYPES
     for module in list(encoder.modules()) if known and encoder.device.type == "cpu" else ():
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and child.bias is not None:
