@@ -16,7 +16,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from generator_svc.engine import Evidence, RagEngine, affine, kernels
 from generator_svc.engine.beams import REJECTED, Beams
-from generator_svc.engine.decoder import Norm
+from generator_svc.engine.layers import Norm
 from generator_svc.engine.search import BeamSearch
 from shared.schemas import Strategy
 from tests.parity import in_memory

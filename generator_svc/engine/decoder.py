@@ -2,21 +2,21 @@
 
 transformers supplies the weights; the arithmetic is that of ``models/bart/modeling_bart.py``, with three differences
 that do not change it: documents are packed one behind the other instead of padded, the projections of queries, keys
-and values are one product, and the decoder's rows of all documents and all questions go through each product together.
+and values are one product (:mod:`generator_svc.engine.layers`), and the decoder's rows of all documents and all
+questions go through each product together.
 
 Shapes: P packed source tokens, R packed decoder rows, D model, H heads, E head, V vocabulary, L layers,
 S tokens of one document, M new nodes of one document, C cached nodes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, pad
+from torch.nn.functional import pad
 from transformers import BartForConditionalGeneration
-from transformers.activations import GELUActivation
 
 from generator_svc.checkpoint import own
 from generator_svc.engine import kernels
@@ -43,6 +43,7 @@ from generator_svc.engine.cache import (
     zeros,
 )
 from generator_svc.engine.int8 import Int8Affine, states_dtype
+from generator_svc.engine.layers import Block, CrossAttention, Norm, Product, Products
 from generator_svc.engine.trials import ROWS
 
 # Documents that go through the encoder together, on a CPU: enough rows for the products to be at their fastest, few
@@ -51,78 +52,6 @@ from generator_svc.engine.trials import ROWS
 CPU_PREFILL_TOKENS = 1024
 ALIGNED_ROWS = 64
 POSITION_OFFSET = 2  # BartLearnedPositionalEmbedding keeps two rows that nobody uses
-
-
-Product = Affine | Int8Affine
-Products = Callable[..., Product]
-"""Makes one product of the linear maps of one input."""
-
-
-class Norm(NamedTuple):
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-    def after(self, affine: Product, x: Tensor, residual: Tensor) -> Tensor:
-        """Of ``affine(x) + residual``, where no GELU comes between."""
-        if isinstance(affine, Affine) and x.is_cuda:
-            return kernels.affine_norm(x, affine.weight, affine.bias, residual, self)
-        return self(affine(x).add_(residual))
-
-
-class Block(NamedTuple):
-    """What encoder and decoder layers have in common: self-attention and the feed-forward network."""
-
-    qkv: Product
-    out: Product
-    norm: Norm
-    fc1: Product
-    activation: Callable[[Tensor], Tensor] | None  # None: fc1's own GELU
-    fc2: Product
-    final_norm: Norm
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        inner = self.fc1(x)
-        inner = inner if self.activation is None else self.activation(inner)
-        return self.final_norm.after(self.fc2, inner, x)
-
-
-class CrossAttention(NamedTuple):
-    q: Product
-    kv: Product
-    out: Product
-    norm: Norm
-
-
-def _norm(module: nn.LayerNorm) -> Norm:
-    return Norm(module.weight.data, module.bias.data, module.eps)
-
-
-def _block(module: Any, product: Products) -> Block:
-    attention = module.self_attn
-    has_gelu = type(module.activation_fn) is GELUActivation
-    return Block(
-        qkv=product(attention.q_proj, attention.k_proj, attention.v_proj),
-        out=product(attention.out_proj),
-        norm=_norm(module.self_attn_layer_norm),
-        fc1=product(module.fc1, gelu=has_gelu),
-        activation=None if has_gelu else module.activation_fn,
-        fc2=product(module.fc2),
-        final_norm=_norm(module.final_layer_norm),
-    )
-
-
-def _cross_attention(module: Any, product: Products) -> CrossAttention:
-    attention = module.encoder_attn
-    return CrossAttention(
-        q=product(attention.q_proj),
-        kv=product(attention.k_proj, attention.v_proj),
-        out=product(attention.out_proj),
-        norm=_norm(module.encoder_attn_layer_norm),
-    )
 
 
 class Bart:
@@ -150,11 +79,11 @@ class Bart:
         self.embed_scale = config.d_model**0.5 if config.scale_embedding else 1.0
         self.encoder_positions = encoder.embed_positions.weight.data[POSITION_OFFSET:]
         self.decoder_positions = decoder.embed_positions.weight.data[POSITION_OFFSET:]
-        self.encoder_norm = _norm(encoder.layernorm_embedding)
-        self.decoder_norm = _norm(decoder.layernorm_embedding)
+        self.encoder_norm = Norm.of(encoder.layernorm_embedding)
+        self.decoder_norm = Norm.of(decoder.layernorm_embedding)
         product: Products = partial(Int8Affine.of_modules, out=self.dtype) if int8 else Affine.of_modules
-        self.encoder_layers = [_block(m, product) for m in encoder.layers]
-        self.decoder_layers = [(_block(m, product), _cross_attention(m, product)) for m in decoder.layers]
+        self.encoder_layers = [Block.of(m, product) for m in encoder.layers]
+        self.decoder_layers = [(Block.of(m, product), CrossAttention.of(m, product)) for m in decoder.layers]
         self.vocab_size = len(model.lm_head.weight)
         self._head = self._output(model, int8=int8)
 
