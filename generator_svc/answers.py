@@ -30,15 +30,32 @@ class AnswerCodec:
         self._specials = set(self._tokenizer.all_special_ids)
         self._max_tokens = checkpoint.max_target_tokens
         self._needs_space = _spaces_belong_to_words(checkpoint)
+        self._word = self._tokenizer.tokenize("a", add_special_tokens=False)[-1]
 
     def text(self, sequence: Sequence[int]) -> str:
         """The text of a generated sequence, without special tokens and outer space."""
         return str(self._tokenizer.decode(list(sequence), skip_special_tokens=True)).strip()
 
-    def token(self, token_id: int) -> str:
-        """The text of one token as it stands in an answer, a space in front included; special tokens by name."""
-        name = str(self._tokenizer.convert_ids_to_tokens(token_id))
-        return name if token_id in self._specials else str(self._tokenizer.convert_tokens_to_string([name]))
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token of an answer as it stands there; special tokens by name.
+
+        Without these they join to :meth:`text`, but for characters that are several tokens, which no token shows, and
+        space at the end.
+        """
+        texts: list[str] = []
+        follows = False
+        for token_id in ids:
+            name = str(self._tokenizer.convert_ids_to_tokens(token_id))
+            is_special = token_id in self._specials
+            text = name if is_special else self._between_words(name)
+            texts.append(text if follows or is_special else text.lstrip())
+            follows = follows or bool(texts[-1] and not is_special)
+        return texts
+
+    def _between_words(self, name: str) -> str:
+        """A token's text behind another one: a space in front is lost from many tokenizers' first."""
+        behind: str = self._tokenizer.convert_tokens_to_string([self._word, name])
+        return behind.removeprefix(self._tokenizer.convert_tokens_to_string([self._word]))
 
     def encode(self, answer: str) -> EncodedAnswer:
         """The sequence under which an answer's text is scored.

@@ -339,11 +339,12 @@ def scored_answers(evidence: Evidence, codec: AnswerCodec, texts: Sequence[str] 
         raise InferenceError(_NOT_FINITE)
     answers = []
     for index, sequence in enumerate(evidence.sequences.tolist()):
+        counted = [position for position, is_counted in enumerate(evidence.counted[index].tolist()) if is_counted]
         shares, posteriors = evidence.token_log_probs[index].tolist(), evidence.token_posterior[index].tolist()
+        token_texts = codec.tokens([sequence[position + 1] for position in counted])
         tokens = [
-            ScoredToken(codec.token(sequence[position + 1]), shares[position], posteriors[position])
-            for position, counted in enumerate(evidence.counted[index].tolist())
-            if counted
+            ScoredToken(text, shares[position], posteriors[position])
+            for text, position in zip(token_texts, counted, strict=True)
         ]
         answers.append(
             ScoredAnswer(

@@ -1,15 +1,21 @@
 """Answers as text and as tokens."""
 
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
-from tokenizers import normalizers
-from transformers import AutoTokenizer, RagConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, RagConfig
 
 from generator_svc.answers import AnswerCodec
-from generator_svc.checkpoint import load_checkpoint
+from generator_svc.checkpoint import Checkpoint, load_checkpoint
+from generator_svc.settings import DEMO_CHECKPOINT
 from shared.errors import InvalidRequest
-from tests.tiny_checkpoint import generator_tokenizer, save_tiny_checkpoint
+from tests.tiny_checkpoint import GENERATOR_SPECIALS, SENTENCES, generator_tokenizer, save_tiny_checkpoint
 
 START, BOS, EOS = 2, 0, 2
 
@@ -26,6 +32,38 @@ def test_text_and_tokens_lead_to_each_other(folder: Path, text: str) -> None:
     assert sequence[:2] == [START, BOS]
     assert sequence[-1] == EOS
     assert codec.text([*sequence, 1, 1]) == text
+
+
+def words_with_spaces() -> PreTrainedTokenizerFast:
+    """As T5 has it: "▁" before a word, and none of it at the beginning of a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=list(GENERATOR_SPECIALS.values()), show_progress=False)
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **GENERATOR_SPECIALS)
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5", "demo"])
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_the_tokens_of_an_answer_join_to_its_text(kind: str, data: st.DataObject) -> None:
+    checkpoint = checkpoint_of(kind)
+    codec, tokenizer = AnswerCodec(checkpoint), checkpoint.generator_tokenizer
+    # no part of a character
+    whole = sorted(number for name, number in tokenizer.get_vocab().items() if name.strip("Ġ▁").isascii())
+    ids = data.draw(st.lists(st.sampled_from(whole), max_size=12))
+    written = zip(codec.tokens(ids), ids, strict=True)
+    words = [token for token, number in written if number not in tokenizer.all_special_ids]
+    assert "".join(words).rstrip() == codec.text(ids)
+
+
+@cache
+def checkpoint_of(kind: str) -> Checkpoint:
+    if kind == "demo":
+        return load_checkpoint(DEMO_CHECKPOINT)
+    with TemporaryDirectory() as folder:
+        checkpoint = load_checkpoint(save_tiny_checkpoint(Path(folder)))
+    return checkpoint if kind == "bart" else replace(checkpoint, generator_tokenizer=words_with_spaces())
 
 
 def test_the_first_word_is_the_token_that_it_is_within_a_passage(folder: Path) -> None:
