@@ -61,6 +61,13 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     cause = error.__cause__
     if isinstance(cause, RagError):  # FastAPI wraps what reading the body raised: too large, for one
         return error_response(cause, request.scope)
+    if isinstance(cause, UnicodeDecodeError):
+        encoding = cause.encoding.upper().replace("UTF8", "UTF-8")
+        return error_response(
+            RequestError(f"the body is not valid {encoding}, from byte {cause.start} on"), request.scope
+        )
+    if isinstance(cause, RecursionError):
+        return error_response(RequestError("the body is nested too deeply"), request.scope)
     if error.status_code == NotFound.status and error.detail == "Not Found":
         return error_response(NotFound("there is nothing at this path"), request.scope)
     if error.status_code == MethodNotAllowed.status:

@@ -18,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from shared.validation import disagreement
+
 INT64_MAX = 2**63 - 1
 
 
@@ -370,17 +372,18 @@ class AnswerRequest(Retrieving):
     @model_validator(mode="after")
     def _options_agree(self) -> Self:
         if self.stream and not isinstance(self.question, str):
-            raise ValueError("stream=true answers one question, given as a string")
+            raise disagreement("stream", "stream=true answers one question, given as a string")
         if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError("min_new_tokens is above max_new_tokens")
+            raise disagreement("min_new_tokens", "min_new_tokens is above max_new_tokens")
         if not self.do_sample:
             for name, neutral in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("seed", None)):
                 if getattr(self, name) != neutral:
-                    raise ValueError(f"{name} has an effect only with do_sample=true")
+                    raise disagreement(name, f"{name} has an effect only with do_sample=true")
             if self.num_return_sequences > self.num_beams:
-                raise ValueError("num_return_sequences is above num_beams; raise num_beams or set do_sample=true")
+                reason = "num_return_sequences is above num_beams; raise num_beams or set do_sample=true"
+                raise disagreement("num_return_sequences", reason)
         elif self.num_beams > 1:
-            raise ValueError("do_sample=true goes with num_beams=1")
+            raise disagreement("num_beams", "num_beams must be 1 with do_sample=true")
         return self
 
 
@@ -447,9 +450,9 @@ class ScoreRequest(Retrieving):
     def _one_list_a_question(self) -> Self:
         if isinstance(self.question, str):
             if not all(isinstance(a, str) for a in self.answers):
-                raise ValueError("answers of a single question must be a list of strings")
+                raise disagreement("answers", "answers of a single question must be a list of strings")
         elif len(self.answers) != len(self.question) or any(isinstance(a, str) for a in self.answers):
-            raise ValueError("answers must hold one list of strings for each question")
+            raise disagreement("answers", "answers must hold one list of strings for each question")
         return self
 
     @property

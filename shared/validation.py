@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
 
 from shared.errors import InvalidRequest, RequestError
 
@@ -12,6 +13,13 @@ from shared.errors import InvalidRequest, RequestError
 _FIELD = re.compile(r"[a-z_][a-z0-9_]*")
 _UNION_MEMBERS = {"str", "int", "float", "bool", "none", "dict", "bytes"}
 _LOCATIONS = {"body", "query", "path", "header", "cookie"}  # FastAPI's first element
+_NO_OBJECT = {"model_type", "model_attributes_type"}
+_DISAGREEMENT = "disagreement"
+
+
+def disagreement(param: str, message: str) -> PydanticCustomError:
+    """What a model's validator raises where a field does not go with the others; the message names the field."""
+    return PydanticCustomError(_DISAGREEMENT, "{message}", {"param": param, "message": message})
 
 
 def refusal(errors: Sequence[Mapping[str, Any]], *, within: str | None = None) -> RequestError:
@@ -26,8 +34,14 @@ def refusal(errors: Sequence[Mapping[str, Any]], *, within: str | None = None) -
         reason = str(first.get("ctx", {}).get("error") or first["msg"])
         return RequestError(f"the body is not valid JSON: {reason}", param=within)
     path = _dotted(first["loc"], unknown_field=first["type"] == "extra_forbidden")
-    param = ".".join(part for part in (within, path) if part) or None
+    of_fields = str(first["ctx"]["param"]) if first["type"] == _DISAGREEMENT else ""
+    param = ".".join(part for part in (within, path, of_fields) if part) or None
     message = str(first["msg"]).removeprefix("Value error, ")
+    if of_fields:
+        return InvalidRequest(message, param=param)
+    if first["type"] == "missing" and param is None:
+        return InvalidRequest("the body is missing")
+    message = "Input should be a JSON object" if first["type"] in _NO_OBJECT else message
     return InvalidRequest(f"{param or 'the body'}: {message}", param=param)
 
 

@@ -23,6 +23,7 @@ from shared.schemas import (
     Strategy,
     Wire,
 )
+from shared.validation import disagreement
 
 _NO_TOOLS = "answers are made from passages, nothing is called"
 _TEXT_ONLY = "text is read and written, nothing else"
@@ -147,11 +148,11 @@ class ChatRequest(Sent):
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         if not any(message.role == "user" for message in self.messages):
-            raise ValueError("messages hold none by the user: the last one by the user is the question")
+            raise disagreement("messages", "messages hold none by the user: the last one by the user is the question")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options go with stream=true")
+            raise disagreement("stream_options", "stream_options go with stream=true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+            raise disagreement("max_tokens", "max_tokens and max_completion_tokens differ; give one of them")
         return self
 
 

@@ -91,9 +91,19 @@ async def test_a_number_that_is_not_finite_is_refused(http: httpx.AsyncClient, l
     assert error_of(await http.post("/v1/echo", content=body, headers=JSON), 422)["param"] == "weights.1"
 
 
-@pytest.mark.parametrize("body", [b"{", b"", b"\xff\xfe{}", b'{"text": "\xff"}', b"[" * 3000])
-async def test_what_cannot_be_parsed_is_refused(http: httpx.AsyncClient, body: bytes) -> None:
-    error_of(await http.post("/v1/echo", content=body, headers=JSON), 400 if body else 422)
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b"{", 400, "not valid JSON"),
+        (b"", 422, "missing"),
+        (b"[]", 422, "JSON object"),
+        (b"\xff\xfe{}", 400, "not valid JSON"),
+        (b'{"text": "\xff"}', 400, "not valid UTF-8, from byte 10 on"),
+        (b"[" * 3000, 400, "nested too deeply"),
+    ],
+)
+async def test_what_cannot_be_parsed_is_refused(http: httpx.AsyncClient, body: bytes, status: int, said: str) -> None:
+    assert said in error_of(await http.post("/v1/echo", content=body, headers=JSON), status)["message"]
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "application", None])

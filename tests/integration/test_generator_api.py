@@ -284,8 +284,8 @@ async def test_vectors_come_in_three_forms(alone: httpx.AsyncClient, checkpoint:
         ("/v1/answer", {"question": QUESTION, "passages": PASSAGES, "min_new_tokens": 41}, 422, "min_new_tokens"),
         ("/v1/answer", {"question": QUESTION, "passages": PASSAGES}, 200, None),  # the default is lowered to the limit
         ("/v1/answer", ask(do_sample=True, num_return_sequences=33), 422, "num_return_sequences"),
-        ("/v1/answer", ask(num_beams=2, num_return_sequences=3), 422, None),
-        ("/v1/answer", ask(temperature=2.0), 422, None),
+        ("/v1/answer", ask(num_beams=2, num_return_sequences=3), 422, "num_return_sequences"),
+        ("/v1/answer", ask(temperature=2.0), 422, "temperature"),
         ("/v1/answer", ask(length_penalty=2.0), 422, "length_penalty"),
         ("/v1/answer", ask(deduplicate=False), 422, "deduplicate"),
         ("/v1/answer", ask(n_docs=3), 422, "n_docs"),
@@ -311,7 +311,7 @@ async def test_vectors_come_in_three_forms(alone: httpx.AsyncClient, checkpoint:
         ("/v1/search", {"question": QUESTION, "n_docs": 51}, 422, "n_docs"),
         ("/v1/score", {"question": QUESTION, "answers": ["a"] * 33, "passages": PASSAGES}, 422, "answers"),
         ("/v1/score", {"question": QUESTION, "answers": ["x " * 400], "passages": PASSAGES}, 422, "answers"),
-        ("/v1/score", {"question": [QUESTION], "answers": ["a"], "passages": PASSAGES}, 422, None),
+        ("/v1/score", {"question": [QUESTION], "answers": ["a"], "passages": PASSAGES}, 422, "answers"),
     ],
 )
 async def test_a_request_is_honoured_or_the_field_at_fault_is_named(

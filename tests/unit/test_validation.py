@@ -37,9 +37,31 @@ def test_the_path_names_fields_and_places_and_no_types(model: type[Request], bod
     assert refused(model, body).param == param
 
 
-def test_options_that_do_not_agree_are_refused_without_a_field() -> None:
-    error = refused(AnswerRequest, {"question": "a", "temperature": 0.5})
-    assert (error.param, error.message) == (None, "the body: temperature has an effect only with do_sample=true")
+@pytest.mark.parametrize(
+    ("model", "body", "param"),
+    [
+        (AnswerRequest, {"question": "a", "temperature": 0.5}, "temperature"),
+        (AnswerRequest, {"question": "a", "seed": 3}, "seed"),
+        (AnswerRequest, {"question": "a", "min_new_tokens": 65}, "min_new_tokens"),
+        (AnswerRequest, {"question": "a", "num_return_sequences": 2}, "num_return_sequences"),
+        (AnswerRequest, {"question": "a", "do_sample": True, "num_beams": 2}, "num_beams"),
+        (AnswerRequest, {"question": ["a"], "stream": True}, "stream"),
+        (ScoreRequest, {"question": "a", "answers": [["b"]]}, "answers"),
+        (ScoreRequest, {"question": ["a"], "answers": ["b"]}, "answers"),
+    ],
+)
+def test_options_that_do_not_agree_are_refused_by_the_one_at_fault(
+    model: type[Request], body: object, param: str
+) -> None:
+    error = refused(model, body)
+    assert error.param == param
+    assert error.message.startswith(param)
+
+
+@pytest.mark.parametrize(("body", "param"), [([], None), ({"question": "a", "passages": ["b"]}, "passages.0")])
+def test_what_is_no_object_is_refused_in_terms_of_json(body: object, param: str | None) -> None:
+    error = refused(AnswerRequest, body)
+    assert (error.param, error.message) == (param, f"{param or 'the body'}: Input should be a JSON object")
 
 
 @pytest.mark.parametrize("name", ["n_docs", "num_beams", "seed", "timeout_ms"])
