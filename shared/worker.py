@@ -211,7 +211,7 @@ class DeviceWorker(Generic[Item, Result]):
         return result
 
     async def _submit(self, item: Item, deadline: Deadline) -> Result:
-        deadline.check(f"{self.name} could begin")
+        deadline.check(f"the {self.name} could begin")
         loop = asyncio.get_running_loop()
         entry: _Entry[Item, Result] = _Entry(
             item, self._key(item), self._size(item), deadline, loop, loop.create_future()
@@ -219,7 +219,7 @@ class DeviceWorker(Generic[Item, Result]):
         client = CLIENT.get()
         with self._changed:
             if not self._accepting:
-                raise Unavailable(self._failure or f"{self.name} is not running", retry_after_s=1)
+                raise Unavailable(self._failure or f"the {self.name} is not running", retry_after_s=1)
             self._make_room(client, entry.size)
             self._queue.push(entry, client, max(1, entry.size))
             self._changed.notify()
@@ -227,7 +227,7 @@ class DeviceWorker(Generic[Item, Result]):
             async with asyncio.timeout(deadline.remaining_s):
                 return await entry.future
         except TimeoutError:
-            raise DeadlineExceeded(f"the deadline passed while {self.name} was busy") from None
+            raise DeadlineExceeded(f"the deadline passed while the {self.name} was busy") from None
         finally:
             # Nobody waits any more, which the thread learns from the future. A settled one has left the queue.
             if entry.future.cancel() or entry.future.cancelled():
@@ -242,7 +242,7 @@ class DeviceWorker(Generic[Item, Result]):
     def _make_room(self, client: str, size: int) -> None:
         if len(self._queue) < self._max_queue:
             return
-        full = Overloaded(f"{self._max_queue} requests wait for {self.name} already", retry_after_s=1)
+        full = Overloaded(f"{self._max_queue} requests wait for the {self.name} already", retry_after_s=1)
         if not self._queue.displaces(client, max(1, size)):
             raise full
         given_up = self._queue.last

@@ -8,6 +8,7 @@ the end of another.
 from functools import cache
 from typing import Any, NamedTuple
 
+import structlog
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +16,8 @@ from torch import Tensor
 
 LINE_BYTES = 128
 """What is fetched at once."""
+
+_log = structlog.get_logger(__name__)
 
 
 class Device(NamedTuple):
@@ -30,7 +33,29 @@ def device(index: int) -> Device:
     if index < 0:
         return Device(132, chains=False)
     properties = torch.cuda.get_device_properties(index)
-    return Device(properties.multi_processor_count, chains=properties.major >= 9)
+    return Device(properties.multi_processor_count, chains=properties.major >= 9 and _captures_chains(index))
+
+
+def _captures_chains(index: int) -> bool:
+    """Whether a graph may hold kernels that are launched ahead of their turn, behind other work too: drivers differ,
+    and without graphs a step takes many times longer."""
+    try:
+        with torch.cuda.device(index):
+            count = torch.zeros(1, device="cuda")
+            _add_one[(1,)](count, launch_pdl=True)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                count.zero_()
+                for _ in range(3):
+                    _add_one[(1,)](count, launch_pdl=True)
+            graph.replay()
+            if count.item() == 3:
+                return True
+            reason = f"three kernels counted to {count.item()}"
+    except Exception as error:  # noqa: BLE001  whatever it is, launched in turn they do the same
+        reason = f"{type(error).__name__}: {error}"
+    _log.warning("kernels_not_chained", error=reason, advice="they are launched in turn, a little slower")
+    return False
 
 
 def processors(where: Tensor) -> int:
@@ -62,3 +87,9 @@ def in_turn(CHAINED: tl.constexpr) -> None:
     if CHAINED:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _add_one(number: tl.tensor) -> None:
+    in_turn(True)
+    tl.store(number, tl.load(number) + 1)

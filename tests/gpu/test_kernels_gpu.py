@@ -120,6 +120,7 @@ def test_kernels_that_are_launched_ahead_of_their_turn_wait_for_it(monkeypatch: 
             x = triton_products.affine_norm(inner, narrow, norm, x, (norm, norm, 1e-5))
         return x
 
+    assert triton_launch.device(torch.cuda.current_device()).chains == (torch.cuda.get_device_capability()[0] >= 9)
     expected = chain()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
