@@ -31,6 +31,7 @@ class AnswerCodec:
         self._max_tokens = checkpoint.max_target_tokens
         self._needs_space = _spaces_belong_to_words(checkpoint)
         self._word = self._tokenizer.tokenize("a", add_special_tokens=False)[-1]
+        self._word_text = str(self._tokenizer.convert_tokens_to_string([self._word]))
 
     def text(self, sequence: Sequence[int]) -> str:
         """The text of a generated sequence, without special tokens and outer space."""
@@ -54,8 +55,7 @@ class AnswerCodec:
 
     def _between_words(self, name: str) -> str:
         """A token's text behind another one: a space in front is lost from many tokenizers' first."""
-        behind: str = self._tokenizer.convert_tokens_to_string([self._word, name])
-        return behind.removeprefix(self._tokenizer.convert_tokens_to_string([self._word]))
+        return str(self._tokenizer.convert_tokens_to_string([self._word, name])).removeprefix(self._word_text)
 
     def encode(self, answer: str) -> EncodedAnswer:
         """The sequence under which an answer's text is scored.

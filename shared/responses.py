@@ -62,10 +62,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     if isinstance(cause, RagError):  # FastAPI wraps what reading the body raised: too large, for one
         return error_response(cause, request.scope)
     if isinstance(cause, UnicodeDecodeError):
-        encoding = cause.encoding.upper().replace("UTF8", "UTF-8")
-        return error_response(
-            RequestError(f"the body is not valid {encoding}, from byte {cause.start} on"), request.scope
-        )
+        reason = f"the body is not valid {cause.encoding.upper()}, from byte {cause.start} on"
+        return error_response(RequestError(reason), request.scope)
     if isinstance(cause, RecursionError):
         return error_response(RequestError("the body is nested too deeply"), request.scope)
     if error.status_code == NotFound.status and error.detail == "Not Found":
