@@ -122,6 +122,9 @@ def load_checkpoint(
             f"{name} holds a {config.model_type!r} model, not a RAG checkpoint. One is put together from a question "
             "encoder and a generator by transformers' RagTokenForGeneration.from_pretrained_question_encoder_generator"
         )
+    parts: tuple[Any, ...] = (config, config.question_encoder, config.generator)
+    for part in parts:
+        part.return_dict = True  # those of 2020 may say false
     for folder in ("question_encoder_tokenizer", "generator_tokenizer"):
         # transformers makes an empty tokenizer, or fails far away, where a local folder lacks one.
         if Path(name).is_dir() and not (Path(name) / folder).is_dir():

@@ -1,5 +1,6 @@
 """The root of `rag`: its commands, and how an error becomes a message and an exit code."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from shared.logs import configure_logging  # noqa: PLC0415  `rag`'s completion in a shell has no use for it
 
         configure_logging("warning", "console")
+        # Of every published checkpoint it reports weights that RAG never reads; those that matter are checked by us.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app(arguments, prog_name="rag")
     except RagError as error:

@@ -45,6 +45,7 @@ class PassageEncoder:
 
     def __init__(self, options: EncoderOptions) -> None:
         config = _read(options.name, "config.json", AutoConfig)
+        config.return_dict = True  # those of 2020 may say false
         self._is_dpr = config.model_type == "dpr"
         pooling = _pooling(options, config)
         self._tokenizer = _load_tokenizer(options.name, config)

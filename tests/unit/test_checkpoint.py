@@ -11,10 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import BartConfig, RagModel
 
 from generator_svc.checkpoint import load_checkpoint
+from generator_svc.contexts import ContextForm
 from generator_svc.engine import RagEngine
 from generator_svc.fingerprint import encoder_fingerprint
+from generator_svc.question_encoder import QuestionEncoder
 from shared.errors import InvalidRequest, StartupError
-from tests.tiny_checkpoint import BOTH_HEADS, generator_tokenizer, save_tiny_checkpoint, tiny_model
+from tests.published_form import publish_rag
+from tests.tiny_checkpoint import BOTH_HEADS, SENTENCES, generator_tokenizer, save_tiny_checkpoint, tiny_model
 
 TOKEN, SEQUENCE = BOTH_HEADS
 
@@ -165,6 +168,34 @@ def test_without_a_decoder_start_token_no_answer_can_begin(folder: Path) -> None
         (folder / name).write_text(json.dumps(config))
     with pytest.raises(StartupError, match="decoder_start_token_id"):
         load_checkpoint(folder)
+
+
+def test_a_checkpoint_in_the_form_of_2020_is_what_it_is_in_todays(tmp_path: Path) -> None:
+    today, published = (save_tiny_checkpoint(tmp_path / form) for form in ("today", "published"))
+    publish_rag(published)
+    loaded = [load_checkpoint(folder) for folder in (today, published)]
+    assert loaded[0].encoder == loaded[1].encoder
+    for tokenizer in ("question_tokenizer", "generator_tokenizer"):
+        ids, of_2020 = (getattr(checkpoint, tokenizer)(list(SENTENCES))["input_ids"] for checkpoint in loaded)
+        assert ids == of_2020
+    texts = [checkpoint.generator_tokenizer.decode(ids[0], skip_special_tokens=True) for checkpoint in loaded]
+    assert texts == [SENTENCES[0]] * 2
+    vectors = [QuestionEncoder(checkpoint).encode(SENTENCES) for checkpoint in loaded]
+    assert (vectors[0] == vectors[1]).all()
+    assert ContextForm.of(loaded[1].config, 9).prefix == " "
+    contexts = [torch.tensor(row) for row in ids[:6]]
+    for strategy in ("token", "sequence"):
+        answers, of_2020 = (
+            RagEngine.from_pretrained(folder).generate(
+                torch.nn.utils.rnn.pad_sequence(contexts, batch_first=True, padding_value=1),
+                torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in contexts], batch_first=True),
+                torch.zeros(2, 3),
+                strategy=strategy,
+            )
+            for folder in (today, published)
+        )
+        assert torch.equal(answers.sequences, of_2020.sequences)
+        assert answers.log_probs == pytest.approx(of_2020.log_probs)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="shows what Linux tells of a process")

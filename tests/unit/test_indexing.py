@@ -44,6 +44,7 @@ from services.indexing.progress import EmbeddingProgress
 from services.indexing.shards import shard_path
 from services.indexing.source import shards_source
 from shared.errors import InferenceError, InvalidRequest, StartupError
+from tests.published_form import publish_context_encoder
 from tests.retriever_data import ENCODER
 from tests.tiny_context_encoder import (
     DIMENSION,
@@ -134,6 +135,16 @@ class TestEncoder:
         with torch.no_grad():
             theirs = model(inputs["input_ids"]).pooler_output.numpy()
         np.testing.assert_allclose(ours.encode(titles, texts), theirs, atol=1e-5)
+
+    def test_a_folder_in_the_form_of_2020_gives_the_same(
+        self, options: EncoderOptions, tmp_path: Path, encoder: PassageEncoder
+    ) -> None:
+        publish_context_encoder(save_context_encoder(tmp_path))
+        published = PassageEncoder(replace(options, name=str(tmp_path)))
+        assert published.recipe == encoder.recipe
+        table = passages(9)
+        both = [made.encode(table["title"].to_pylist(), table["text"].to_pylist()) for made in (published, encoder)]
+        np.testing.assert_array_equal(*both)
 
     @given(rows=st.lists(st.integers(0, 59), min_size=1, max_size=12), batch_tokens=st.integers(1, 400))
     @settings(max_examples=20)

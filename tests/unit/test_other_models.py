@@ -5,6 +5,8 @@ and probabilities in float64 from its forward pass.
 """
 
 import copy
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,24 @@ def test_rag_sequence_takes_the_best_candidate_of_all_documents(
     made = engine.generate(ids, mask, scores, strategy="sequence", **rules)
     assert tuple(cut(made.sequences[0].tolist())) in candidates
     assert made.log_probs[0].item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["token", "sequence"])
+def test_a_configuration_that_asks_for_tuples_changes_nothing(
+    engine: RagEngine, folder: Path, tmp_path: Path, strategy: Any
+) -> None:
+    """As those of 2020 do (``return_dict`` false)."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for part in (config, config["question_encoder"], config["generator"]):
+        part["return_dict"] = False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    of_tuples = RagEngine.from_pretrained(tmp_path)
+    made, expected = (
+        of.generate(*contexts(3), strategy=strategy, num_beams=2, max_length=9) for of in (of_tuples, engine)
+    )
+    assert torch.equal(made.sequences, expected.sequences)
+    assert torch.equal(made.doc_posterior, expected.doc_posterior)
 
 
 def exact(
