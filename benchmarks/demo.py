@@ -27,7 +27,7 @@ from services.demo.facts import load_entities
 from services.demo.questions import question_set
 
 PORT, RETRIEVER_PORT = 18000, 18001
-MAX_NEW_TOKENS = 32
+MAX_NEW_TOKENS = 32  # no answer of the demo's is as long
 
 
 def demo_questions(count: int) -> list[str]:
@@ -36,8 +36,10 @@ def demo_questions(count: int) -> list[str]:
     return [question.text for question in question_set(entities, build_corpus(entities), "test", count, seed=23)]
 
 
-def transformers_rag(folder: Path, *, beams: int = 1) -> Callable[[Sequence[str]], list[str]]:
-    """Questions to answers through transformers alone."""
+def transformers_rag(
+    folder: Path, *, checkpoint: Path = DEMO_CHECKPOINT, beams: int = 1, max_new_tokens: int = MAX_NEW_TOKENS
+) -> Callable[[Sequence[str]], list[str]]:
+    """Questions to answers through transformers alone; its retriever's files go into ``folder``."""
     passages = Dataset.from_dict(
         {
             "title": (table := pq.read_table(DEMO_PASSAGES))["title"].to_pylist(),
@@ -49,16 +51,16 @@ def transformers_rag(folder: Path, *, beams: int = 1) -> Callable[[Sequence[str]
     passages.add_faiss_index("embeddings", metric_type=faiss.METRIC_INNER_PRODUCT)
     passages.get_index("embeddings").save(folder / "index.faiss")
     config = RagConfig.from_pretrained(
-        DEMO_CHECKPOINT,
+        checkpoint,
         index_name="custom",
         passages_path=str(folder / "passages"),
         index_path=str(folder / "index.faiss"),
     )
     rag_tokenizer: Any = RagTokenizer
-    tokenizer = rag_tokenizer.from_pretrained(DEMO_CHECKPOINT)
+    tokenizer = rag_tokenizer.from_pretrained(checkpoint)
     rag_retriever: Any = RagRetriever
     retriever = rag_retriever(config, tokenizer.question_encoder, tokenizer.generator)
-    model: Any = RagTokenForGeneration.from_pretrained(DEMO_CHECKPOINT, config=config, dtype=torch.float32)
+    model: Any = RagTokenForGeneration.from_pretrained(checkpoint, config=config, dtype=torch.float32)
     model.set_retriever(retriever)  # given to from_pretrained, it ends up in the generation settings, which crash
     model.eval()
 
@@ -68,7 +70,7 @@ def transformers_rag(folder: Path, *, beams: int = 1) -> Callable[[Sequence[str]
         sequences = model.generate(
             batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            max_length=MAX_NEW_TOKENS,
+            max_length=1 + max_new_tokens,  # the start token counts
             num_beams=beams,
         )
         return [text.strip() for text in tokenizer.batch_decode(sequences, skip_special_tokens=True)]

@@ -4,7 +4,9 @@ No weights are needed to compare times: random ones, drawn wide, make nearly eve
 which is its slowest case, and answers are kept at one length.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,10 @@ from transformers import (
     DPRQuestionEncoder,
     RagConfig,
     RagTokenForGeneration,
+    RagTokenizer,
 )
+
+from generator_svc.settings import DEMO_CHECKPOINT
 
 PADDED_TO = 300  # `RagConfig.max_combined_length`, to which RagRetriever pads every context
 SHORTEST = 124  # lengths are drawn evenly from here to 300: 212 on average
@@ -57,10 +62,8 @@ class Inputs:
         return [ids[kept.bool()] for ids, kept in zip(self.input_ids, self.mask, strict=True)]
 
 
-def random_rag(shape: Shape, dtype: torch.dtype, device: str) -> RagTokenForGeneration:
-    """A BART generator of this shape behind a question encoder that is as small as can be: it is not run here."""
-    torch.manual_seed(0)
-    generator = BartConfig(
+def bart_config(shape: Shape) -> BartConfig:
+    return BartConfig(
         vocab_size=shape.vocabulary,
         d_model=shape.width,
         encoder_layers=shape.layers,
@@ -73,6 +76,12 @@ def random_rag(shape: Shape, dtype: torch.dtype, device: str) -> RagTokenForGene
         forced_eos_token_id=None,  # every token is searched for
         init_std=0.06,  # with BART's 0.02 no document changes the answer, and the candidates are all the same
     )
+
+
+def random_rag(shape: Shape, dtype: torch.dtype, device: str) -> RagTokenForGeneration:
+    """A BART generator of this shape behind a question encoder that is as small as can be: it is not run here."""
+    torch.manual_seed(0)
+    generator = bart_config(shape)
     encoder = DPRConfig(
         vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
     )
@@ -83,6 +92,29 @@ def random_rag(shape: Shape, dtype: torch.dtype, device: str) -> RagTokenForGene
     )
     made: RagTokenForGeneration = model.eval().to(device=device, dtype=dtype)
     return made
+
+
+def write_checkpoint(shape: Shape, folder: Path) -> None:
+    """The demo's question encoder and index fingerprint, with a random BART of this shape as the generator.
+
+    It reads the demo's texts with the demo's tokens; every other id of its vocabulary is a word of its own.
+    """
+    torch.manual_seed(0)
+    model: Any = RagTokenForGeneration.from_pretrained(DEMO_CHECKPOINT, dtype=torch.float32)
+    model.config.generator = bart_config(shape)
+    model.rag.generator = BartForConditionalGeneration(model.config.generator)
+    model.generation_config.forced_eos_token_id = None
+    both_heads = model.config.architectures
+    model.save_pretrained(folder)
+    model.config.architectures = both_heads
+    model.config.save_pretrained(folder)
+    rag_tokenizer: Any = RagTokenizer
+    rag_tokenizer.from_pretrained(DEMO_CHECKPOINT).save_pretrained(folder)
+    written = folder / "generator_tokenizer" / "tokenizer.json"
+    tokenizer = json.loads(written.read_text())
+    words = tokenizer["model"]["vocab"]
+    words |= {f"Ġ{number}": number for number in range(len(words), shape.vocabulary)}
+    written.write_text(json.dumps(tokenizer))
 
 
 def random_inputs(shape: Shape, questions: int, n_docs: int, device: str) -> Inputs:

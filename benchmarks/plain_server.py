@@ -19,7 +19,8 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from benchmarks.demo import transformers_rag
+from benchmarks.demo import MAX_NEW_TOKENS, transformers_rag
+from generator_svc.settings import DEMO_CHECKPOINT
 
 WAIT_S = 0.005
 LARGEST_BATCH = 32
@@ -81,10 +82,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--batching", choices=["none", "naive"], required=True)
+    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
     parser.add_argument("--beams", type=int, default=1)
+    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        answer = transformers_rag(Path(folder), beams=arguments.beams)
+        answer = transformers_rag(
+            Path(folder),
+            checkpoint=arguments.checkpoint,
+            beams=arguments.beams,
+            max_new_tokens=arguments.max_new_tokens,
+        )
         app = plain_app(answer, LARGEST_BATCH if arguments.batching == "naive" else 1)
         uvicorn.run(app, port=arguments.port, log_level="warning")
 

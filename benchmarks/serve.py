@@ -5,6 +5,9 @@ question at a time or with naive batching (`benchmarks/plain_server.py`). All th
 at every rate, so that what else the machine does meets all alike; the two that are not asked wait without work. Load is
 open-loop (`benchmarks/load.py`) and comes from this process, on the same cores. A system is asked at higher rates until
 it misses the limit: p99 above it, or a request failed. Its throughput is the highest rate that it held.
+
+The demo's model is so small that what surrounds it counts for most. `--model base` puts a BART of BART-base's size in
+its generator's place, with random weights (`benchmarks/models.py`), whose answers are all 16 tokens long.
 """
 
 import argparse
@@ -30,16 +33,51 @@ from rich.table import Table
 from benchmarks.demo import MAX_NEW_TOKENS, PORT, both_services, demo_questions, transformers_rag
 from benchmarks.load import Figures, Sample, arrivals, figures, offer
 from benchmarks.machine import describe
+from benchmarks.models import SHAPES, write_checkpoint
+from generator_svc.settings import DEMO_CHECKPOINT
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 PLAIN_PORT = 18010
-RATES = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256)
 QUESTIONS = 64
-TIMEOUT_S = 10.0
 NAMES = {"ours": "ours", "none": "transformers, one by one", "naive": "transformers, naive batching"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is served, and how it is asked: ``rates`` are questions a second, ``limit_ms`` is p99's.
+
+    ``shape`` is one of `SHAPES`, or None for the demo's own generator.
+    """
+
+    shape: str | None
+    max_new_tokens: int
+    rates: tuple[float, ...]
+    seconds: float
+    limit_ms: float
+    timeout_s: float
+
+
+MODELS = {
+    "demo": Model(
+        shape=None,
+        max_new_tokens=MAX_NEW_TOKENS,
+        rates=(1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256),
+        seconds=20.0,
+        limit_ms=1000.0,
+        timeout_s=10.0,
+    ),
+    "base": Model(
+        shape="base",
+        max_new_tokens=16,
+        rates=(0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8),
+        seconds=60.0,
+        limit_ms=5000.0,
+        timeout_s=30.0,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -63,8 +101,9 @@ class Point:
 
 
 @contextmanager
-def plain(batching: str, port: int, beams: int) -> Iterator[System]:
+def plain(batching: str, port: int, checkpoint: Path, beams: int, max_new_tokens: int) -> Iterator[System]:
     command = ["-m", "benchmarks.plain_server", "--port", port, "--batching", batching, "--beams", beams]
+    command += ["--checkpoint", checkpoint, "--max-new-tokens", max_new_tokens]
     process = subprocess.Popen([sys.executable, *map(str, command)])
     try:
         url = f"http://127.0.0.1:{port}"
@@ -83,17 +122,25 @@ def _answers(url: str) -> bool:
         return False
 
 
-def our_system(beams: int) -> System:
-    body = {"num_beams": beams, "max_new_tokens": MAX_NEW_TOKENS, "strategy": "token", "provenance": "none"}
-    return System(
-        "ours", f"http://127.0.0.1:{PORT}/v1/answer", body, lambda wire: wire["results"][0]["answers"][0]["text"]
-    )
+@contextmanager
+def ours(checkpoint: Path, beams: int, max_new_tokens: int) -> Iterator[System]:
+    body = {"num_beams": beams, "max_new_tokens": max_new_tokens, "strategy": "token", "provenance": "none"}
+    settings = {
+        "GENERATOR_CHECKPOINT": str(checkpoint),
+        # The rivals take every request at once and refuse none; so that the same is compared, neither do we.
+        "GENERATOR_SHED_AFTER_MS": "0",
+        "GENERATOR_MAX_CONCURRENT": "256",
+        "GENERATOR_CLIENT_SHARE": "1",
+    }
+    with tempfile.TemporaryDirectory() as folder, both_services(Path(folder), **settings):
+        url = f"http://127.0.0.1:{PORT}/v1/answer"
+        yield System("ours", url, body, lambda wire: wire["results"][0]["answers"][0]["text"])
 
 
-def asked(system: System, questions: Sequence[str], due: Sequence[float]) -> list[Sample]:
+def asked(system: System, questions: Sequence[str], due: Sequence[float], timeout_s: float) -> list[Sample]:
     async def run() -> list[Sample]:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-        async with httpx.AsyncClient(limits=limits, timeout=TIMEOUT_S) as client:
+        async with httpx.AsyncClient(limits=limits, timeout=timeout_s) as client:
 
             async def send(index: int) -> str:
                 body = {**system.body, "question": questions[index % len(questions)]}
@@ -101,35 +148,36 @@ def asked(system: System, questions: Sequence[str], due: Sequence[float]) -> lis
                 response.raise_for_status()
                 return system.text(response.json())
 
-            return await offer(send, due, TIMEOUT_S)
+            return await offer(send, due, timeout_s)
 
     return asyncio.run(run())
 
 
-def curves(arguments: argparse.Namespace, beams: int, console: Console) -> list[Point]:
+def curves(arguments: argparse.Namespace, checkpoint: Path, beams: int, console: Console) -> list[Point]:
+    model = MODELS[arguments.model]
     questions = demo_questions(QUESTIONS)
     with tempfile.TemporaryDirectory() as scratch:
-        expected = transformers_rag(Path(scratch), beams=beams)(questions)
-    points: list[Point] = []
-    with ExitStack() as stack:
-        # The rivals take every request at once and refuse none; so that the same is compared, neither do we.
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        stack.enter_context(
-            both_services(
-                folder, GENERATOR_SHED_AFTER_MS="0", GENERATOR_MAX_CONCURRENT="256", GENERATOR_CLIENT_SHARE="1"
-            )
+        answer = transformers_rag(
+            Path(scratch), checkpoint=checkpoint, beams=beams, max_new_tokens=model.max_new_tokens
         )
-        running = [
-            our_system(beams),
-            stack.enter_context(plain("none", PLAIN_PORT, beams)),
-            stack.enter_context(plain("naive", PLAIN_PORT + 1, beams)),
-        ]
-        for system in running:  # the first requests pay for what is made once
-            asked(system, questions, [0.0] * 8)
+        expected = [text for at in range(0, QUESTIONS, 8) for text in answer(questions[at : at + 8])]
+        del answer
+    points: list[Point] = []
+    with ExitStack() as everything:
+        running: list[tuple[System, ExitStack]] = []
+        for starting in (
+            ours(checkpoint, beams, model.max_new_tokens),
+            plain("none", PLAIN_PORT, checkpoint, beams, model.max_new_tokens),
+            plain("naive", PLAIN_PORT + 1, checkpoint, beams, model.max_new_tokens),
+        ):
+            processes = everything.enter_context(ExitStack())
+            running.append((processes.enter_context(starting), processes))
+        for system, _ in running:  # the first requests pay for what is made once
+            asked(system, questions, [0.0] * 8, 600.0)
         for rate in arguments.rates:
             due = arrivals(rate, arguments.seconds, seed=int(rate))
-            for system in list(running):
-                samples = asked(system, questions, due)
+            for system, processes in list(running):
+                samples = asked(system, questions, due, model.timeout_s)
                 found = figures(samples, rate, arguments.seconds)
                 answers = [(i, sample.answer) for i, sample in enumerate(samples) if sample.answer is not None]
                 equal = sum(text == expected[i % QUESTIONS] for i, text in answers) / max(1, len(answers))
@@ -140,7 +188,8 @@ def curves(arguments: argparse.Namespace, beams: int, console: Console) -> list[
                     highlight=False,
                 )
                 if not held(found, arguments.limit_ms):
-                    running.remove(system)
+                    running.remove((system, processes))
+                    processes.close()  # or it would go on with questions that nobody waits for, beside the others
                 time.sleep(1.0)
             if not running:
                 break
@@ -188,23 +237,33 @@ def summary(points: Sequence[Point], beams: Sequence[int], limit_ms: float) -> T
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="5 seconds a rate: about six minutes")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of load, at each rate (default: %(default)s)")
-    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="questions a second")
+    parser.add_argument("--model", choices=MODELS, default="demo")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the time: about six minutes with the demo's")
+    parser.add_argument("--seconds", type=float, help="of load, at each rate (default: 20; base: 60)")
+    parser.add_argument("--rates", nargs="+", type=float, help="questions a second")
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--limit-ms", type=float, default=1000.0, help="of p99 (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS / "serve.json", help="a plot is put beside it")
+    parser.add_argument("--limit-ms", type=float, help="of p99 (default: 1000; base: 5000)")
+    parser.add_argument("--output", type=Path, help="a plot is put beside it")
     arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.seconds = 5.0
+    model = MODELS[arguments.model]
+    arguments.seconds = arguments.seconds or (model.seconds / 4 if arguments.quick else model.seconds)
+    arguments.rates = arguments.rates or model.rates
+    arguments.limit_ms = arguments.limit_ms or model.limit_ms
+    output = arguments.output or RESULTS / ("serve.json" if model.shape is None else f"serve_{model.shape}.json")
     console = Console(width=None if sys.stdout.isatty() else 120)
-    points = [point for number in arguments.beams for point in curves(arguments, number, console)]
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = DEMO_CHECKPOINT
+        if model.shape is not None:
+            checkpoint = Path(folder)
+            write_checkpoint(SHAPES[model.shape], checkpoint)
+        points = [point for number in arguments.beams for point in curves(arguments, checkpoint, number, console)]
     console.print(summary(points, arguments.beams, arguments.limit_ms))
-    plot(points, arguments.beams, arguments.limit_ms, arguments.output.with_suffix(".png"))
+    plot(points, arguments.beams, arguments.limit_ms, output.with_suffix(".png"))
     result = {
         "command": shlex.join(["python", "-m", "benchmarks.serve", *sys.argv[1:]]),
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": describe("cpu"),
+        "model": arguments.model,
         "limit_ms": arguments.limit_ms,
         "seconds_a_rate": arguments.seconds,
         "throughput": {
@@ -213,8 +272,8 @@ def main() -> None:
         },
         "points": [asdict(point) for point in points],
     }
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
-    console.print(f"written: {arguments.output} and {arguments.output.with_suffix('.png').name}", highlight=False)
+    output.write_text(json.dumps(result, indent=2) + "\n")
+    console.print(f"written: {output} and {output.with_suffix('.png').name}", highlight=False)
 
 
 if __name__ == "__main__":

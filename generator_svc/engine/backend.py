@@ -7,14 +7,28 @@ Shapes: N documents of a question, S source tokens of one, C answers of a questi
 token.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from shared.schemas import Strategy
+
+T = TypeVar("T")
+Parts = Generator[None, None, T]
+"""Work in parts of a moment each: at every ``yield`` something else may be done first. It returns what it has made."""
+
+
+def whole(parts: Parts[T]) -> T:
+    """What comes of all parts, done one after the other."""
+    while True:
+        try:
+            next(parts)
+        except StopIteration as end:
+            made: T = end.value
+            return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,22 +91,22 @@ class Backend(Protocol):
     def warm_up(self) -> None:
         """What is done once, before the first question."""
 
-    def together(self, tasks: Sequence[Task]) -> Iterable[slice]:
-        """Which of a batch's questions best run together, from beginning to end."""
+    def together(self, contexts: Sequence[Sequence[Tensor]]) -> Iterable[slice]:
+        """Which of a batch's questions best run together, from beginning to end, by the contexts of each."""
 
-    def encode(self, contexts: Sequence[Tensor]) -> list[Any]:
+    def encode(self, contexts: Sequence[Tensor]) -> Parts[Sequence[Any]]:
         """Each document, once, to be scored."""
 
-    def begin(self, tasks: Sequence[Task]) -> Sequence[Decoding]:
+    def begin(self, tasks: Sequence[Task]) -> Parts[Sequence[Decoding]]:
         """Encodes the documents of all questions together."""
 
     def step(self, running: Sequence[Any]) -> None:
-        """Moves decodings on by one token, or more. Those that began together are moved on together."""
+        """Moves decodings on, some of them at least. Those that began together are moved on together."""
 
-    def finish(self, done: Sequence[Any]) -> list[Answers]:
+    def finish(self, done: Sequence[Any]) -> Parts[list[Answers]]:
         """The answers of decodings that are finished."""
 
-    def score(self, encoded: Sequence[Sequence[Any]], answers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    def score(self, encoded: Sequence[Sequence[Any]], answers: Sequence[Sequence[Tensor]]) -> Parts[list[Tensor]]:
         """For each question log p(y_t|x,z,y_<t) of its answers under its documents: (C, N, T), 0 behind an end.
 
         Args:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import RagTokenForGeneration
 
-from generator_svc.engine.backend import Answers, Task
+from generator_svc.engine.backend import Answers, Parts, Task
 from generator_svc.engine.cache import DocumentCache, chunks
 from generator_svc.engine.decoder import Bart
 from generator_svc.engine.decoding import BartDecoding, TreeDecoding, score, step
@@ -45,10 +45,10 @@ class BartBackend:
         self._start = int(model.generation_config.decoder_start_token_id)
         self._bos = bos_of(model.config)
 
-    def together(self, tasks: Sequence[Task]) -> Iterable[slice]:
+    def together(self, contexts: Sequence[Sequence[Tensor]]) -> Iterable[slice]:
         if not self._bart.on_cpu:
-            return [slice(0, len(tasks))]
-        held = [self._bart.source_bytes * sum(map(len, task.contexts)) for task in tasks]
+            return [slice(0, len(contexts))]
+        held = [self._bart.source_bytes * sum(map(len, of_question)) for of_question in contexts]
         return chunks(held, CPU_HELD_NUMBERS * self._bart.dtype.itemsize)
 
     def warm_up(self) -> None:
@@ -57,10 +57,10 @@ class BartBackend:
     def use_lanes(self, *, capture: bool) -> None:
         self.lanes = Lanes(self._bart, self._search, capture=capture)
 
-    def encode(self, contexts: Sequence[Tensor]) -> list[DocumentCache]:
+    def encode(self, contexts: Sequence[Tensor]) -> Parts[list[DocumentCache]]:
         return self._bart.prefill(contexts, nodes=0)
 
-    def begin(self, tasks: Sequence[Task]) -> list[BartDecoding]:
+    def begin(self, tasks: Sequence[Task]) -> Parts[list[BartDecoding]]:
         in_lanes = [None] * len(tasks) if self.lanes is None else self.lanes.begin(tasks)
         placed = [(task, found) for task, found in zip(tasks, in_lanes, strict=True) if found is not None]
         if placed:
@@ -68,7 +68,7 @@ class BartBackend:
             self._bart.encode(contexts, [cache for _, found in placed for cache in found.caches])
         others = [task for task, found in zip(tasks, in_lanes, strict=True) if found is None]
         nodes = max((task.nodes for task in others), default=0)
-        encoded = iter(self._bart.prefill([context for task in others for context in task.contexts], nodes))
+        encoded = iter((yield from self._bart.prefill([c for task in others for c in task.contexts], nodes)))
         return [
             TreeDecoding(task, list(islice(encoded, len(task.contexts))), self._search(task), self._bart.device)
             if found is None
@@ -85,7 +85,7 @@ class BartBackend:
         for lane in lanes:
             lane.settle()
 
-    def finish(self, done: Sequence[BartDecoding]) -> list[Answers]:
+    def finish(self, done: Sequence[BartDecoding]) -> Parts[list[Answers]]:
         found = [self._candidates(decoding) for decoding in done]
         met = [decoding.met() for decoding in done]
         # Fast decoding leaves it at what was met; thorough decoding asks every document about every candidate. On CUDA
@@ -103,7 +103,7 @@ class BartBackend:
             for of_document in of_decoding
         ]
         caches = [cache for decoding in done for cache in decoding.caches]
-        scored = iter(self._score(caches, unmet))
+        scored = iter((yield from self._score(caches, unmet)))
         answers = []
         for decoding, candidates, of_decoding in zip(done, found, met, strict=True):
             known = [{**of_document, **next(scored)} for of_document in of_decoding]
@@ -120,21 +120,24 @@ class BartBackend:
         ranked = decoding.task.strategy == "sequence"
         return unique_rows(candidates) if ranked and decoding.task.deduplicate else candidates
 
-    def score(self, encoded: Sequence[Sequence[DocumentCache]], answers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    def score(
+        self, encoded: Sequence[Sequence[DocumentCache]], answers: Sequence[Sequence[Tensor]]
+    ) -> Parts[list[Tensor]]:
         asked = [rows for rows, documents in zip(answers, encoded, strict=True) for _ in documents]
-        scored = iter(self._score([cache for documents in encoded for cache in documents], asked))
+        scored = iter((yield from self._score([cache for documents in encoded for cache in documents], asked)))
         return [
             _table(rows, list(islice(scored, len(documents)))) for rows, documents in zip(answers, encoded, strict=True)
         ]
 
     def _score(
         self, documents: Sequence[DocumentCache], answers: Sequence[Sequence[Tensor]]
-    ) -> list[dict[tuple[int, ...], Tensor]]:
+    ) -> Parts[list[dict[tuple[int, ...], Tensor]]]:
         """For each document log p(y_t | x, z, y_<t) of its answers, (T,) each."""
         of_documents = [tuple(map(_key, rows)) for rows in answers]
         tries = {rows: Trie.of(rows) for rows in set(of_documents) if rows}  # documents may share one
         asked = [at for at, rows in enumerate(of_documents) if rows]
-        edges = iter(score(self._bart, [documents[at] for at in asked], [tries[of_documents[at]] for at in asked]))
+        of_asked = [tries[of_documents[at]] for at in asked]
+        edges = iter((yield from score(self._bart, [documents[at] for at in asked], of_asked)))
         return [
             dict(zip(rows, tries[rows].along_paths(next(edges)), strict=True)) if rows else {} for rows in of_documents
         ]

@@ -31,6 +31,7 @@ from generator_svc.engine.attention import (
     slot_order,
     widened,
 )
+from generator_svc.engine.backend import Parts
 from generator_svc.engine.cache import (
     FIRST_NODES,
     KEPT_PADDING,
@@ -134,7 +135,7 @@ class Bart:
         return kernels.embed(words, ids, table, positions, norm, scale=self.embed_scale)
 
     @torch.inference_mode()
-    def prefill(self, contexts: Sequence[Tensor], nodes: int) -> list[DocumentCache]:
+    def prefill(self, contexts: Sequence[Tensor], nodes: int) -> Parts[list[DocumentCache]]:
         """Caches for documents that are encoded here.
 
         Args:
@@ -145,6 +146,7 @@ class Bart:
         order = sorted(range(len(contexts)), key=lambda at: len(contexts[at])) if self.on_cpu else range(len(contexts))
         ordered = [contexts[at] for at in order]
         documents: dict[int, DocumentCache] = {}
+        parts: list[tuple[Sequence[Tensor], list[DocumentCache]]] = []
         for together in alike([len(context) for context in ordered], *(KEPT_PADDING if self.on_cpu else ())):
             lengths = [len(context) for context in ordered[together]]
             source = widened(max(lengths), self.decoder_embed)
@@ -152,12 +154,16 @@ class Bart:
             group = Group(self.caches(len(lengths), source), self.caches(len(lengths), first_nodes))
             made = [DocumentCache(group, slot, length) for slot, length in enumerate(lengths)]
             if self.on_cpu:
-                for chunk in chunks(lengths, CPU_PREFILL_TOKENS):
-                    self.encode(ordered[together][chunk], made[chunk])
+                of_group = ordered[together]
+                parts += [(of_group[chunk], made[chunk]) for chunk in chunks(lengths, CPU_PREFILL_TOKENS)]
             documents |= zip(order[together], made, strict=True)
         found = [documents[at] for at in range(len(contexts))]
         if not self.on_cpu and contexts:
-            self.encode(contexts, found)
+            parts = [(contexts, found)]
+        for at, (of_part, made) in enumerate(parts):
+            if at:
+                yield
+            self.encode(of_part, made)
         return found
 
     @torch.inference_mode()

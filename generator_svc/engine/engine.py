@@ -7,7 +7,7 @@ lets questions come and go uses the parts they are made of: :meth:`RagEngine.tas
 Shapes: B questions, N documents a question, S source tokens, C answers, T target tokens without the start token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import BartForConditionalGeneration, LogitsProcessorList, StoppingCriteriaList
 
 from generator_svc.checkpoint import Checkpoint, load_checkpoint
-from generator_svc.engine.backend import Answers, Backend, Decoding, Task
+from generator_svc.engine.backend import Answers, Backend, Decoding, Parts, Task, whole
 from generator_svc.engine.bart_backend import BartBackend
 from generator_svc.engine.evidence import Evidence, Generated, evidence_of
 from generator_svc.engine.heads import padded, without_padding
@@ -121,7 +121,7 @@ class RagEngine:
             question = torch.arange(len(contexts)).repeat_interleave(per_question)
         sequences, question = sequences.cpu(), question.cpu()
         answers = [sequences[question == index] for index in range(len(contexts))]
-        return self._joined(self.score_each(contexts, list(doc_scores), answers, strategy))
+        return self._joined(whole(self.scoring(contexts, list(doc_scores), answers, strategy)))
 
     def task(
         self,
@@ -185,7 +185,8 @@ class RagEngine:
 
     def run(self, tasks: Sequence[Task]) -> list[Evidence]:
         """The answers of all tasks. As many run together, from beginning to end, as the backend takes at once."""
-        return [found for part in self._backend.together(tasks) for found in self._run_together(tasks[part])]
+        parts = self.together([task.contexts for task in tasks])
+        return [found for part in parts for found in self._run_together(tasks[part])]
 
     def _run_together(self, tasks: Sequence[Task]) -> list[Evidence]:
         running = self.begin(tasks)
@@ -197,23 +198,36 @@ class RagEngine:
         """What would otherwise make the first questions wait."""
         self._backend.warm_up()
 
-    @torch.inference_mode()
+    def together(self, contexts: Sequence[Sequence[Tensor]]) -> Iterable[slice]:
+        """Which of a batch's questions best run together, from beginning to end, by the contexts of each."""
+        return self._backend.together(contexts)
+
     def begin(self, tasks: Sequence[Task]) -> list[Decoding]:
         """Encodes the documents of all questions together."""
-        return list(self._backend.begin(tasks))
+        return whole(self.beginning(tasks))
+
+    @torch.inference_mode()
+    def beginning(self, tasks: Sequence[Task]) -> Parts[list[Decoding]]:
+        """The same, in parts."""
+        return list((yield from self._backend.begin(tasks)))
 
     @torch.inference_mode()
     def step(self, running: Sequence[Decoding]) -> None:
         """One token for every row of every question, whatever their options. None may be finished.
 
-        Questions that began together are moved on together: a step of one of them is a step of all.
+        Questions that began together are moved on together: a step of one of them is a step of all. Of generators that
+        are not BART the first question alone is moved on, to its end.
         """
         self._backend.step(running)
 
-    @torch.inference_mode()
     def finish(self, done: Sequence[Decoding]) -> list[Evidence]:
         """The answers of questions that are finished."""
-        answers = self._backend.finish(done)
+        return whole(self.finishing(done))
+
+    @torch.inference_mode()
+    def finishing(self, done: Sequence[Decoding]) -> Parts[list[Evidence]]:
+        """The same, in parts: RAG-Sequence's candidates are scored now."""
+        answers = yield from self._backend.finish(done)
         return [
             evidence_of(
                 found,
@@ -226,23 +240,23 @@ class RagEngine:
         ]
 
     @torch.inference_mode()
-    def score_each(
+    def scoring(
         self,
         contexts: Sequence[Sequence[Tensor]],
         doc_scores: Sequence[Tensor],
         sequences: Sequence[Tensor],
         strategy: Strategy | None = None,
-    ) -> list[Evidence]:
-        """As :meth:`score`, a question at a time: documents N of (S,), scores (N,), answers (C, 1 + T)."""
+    ) -> Parts[list[Evidence]]:
+        """As :meth:`score`, in parts, a question at a time: documents N of (S,), scores (N,), answers (C, 1 + T)."""
         chosen = self.checkpoint.strategy(strategy)
         eos, forced_bos = self.checkpoint.eos_token_ids, self.checkpoint.forced_bos_token_id
         for documents, rows in zip(contexts, sequences, strict=True):
             self._check_contexts(documents)
             self._check_answers(rows)
-        encoded = iter(self._backend.encode([row.cpu() for documents in contexts for row in documents]))
+        encoded = iter((yield from self._backend.encode([row.cpu() for documents in contexts for row in documents])))
         by_question = [[next(encoded) for _ in documents] for documents in contexts]
         answers = [[without_padding(row, eos, self._pad) for row in rows.cpu()] for rows in sequences]
-        scored = self._backend.score(by_question, answers)
+        scored = yield from self._backend.score(by_question, answers)
         return [
             evidence_of(Answers(padded(rows, self._pad), log_probs), _log_prior(scores), chosen, eos, forced_bos)
             for rows, log_probs, scores in zip(answers, scored, doc_scores, strict=True)

@@ -1,18 +1,30 @@
 """Continuous batching: questions join and leave between steps, within a budget of tokens.
 
-A question that joins is encoded at once and decodes with the others from the next step on, whatever its head, options
-and lengths; one that is finished, cancelled or too late leaves at once. The budget bounds the memory of all caches.
+A question's documents are encoded in parts, between two steps; from then on it decodes with all others, whatever its
+head, options and lengths. Answers are scored in parts, too. Who is finished, cancelled or too late leaves at once. So
+nobody waits for more than a part and a step, however much another has asked for. The budget bounds the memory of all
+caches.
 """
 
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+import structlog
 from torch import Tensor
 
-from generator_svc.engine.backend import Decoding, Task
+from generator_svc.engine.backend import Decoding, Parts, Task
 from generator_svc.engine.engine import RagEngine
 from generator_svc.engine.evidence import Evidence
+from shared.errors import InferenceError, RagError
+from shared.schemas import Strategy
+
+BETWEEN_STEPS_S = 0.05
+"""So long parts are done between two steps; a single one may take longer. In a stream such a pause is hardly seen."""
+
+log = structlog.get_logger(__name__)
 
 
 class Ticket(Protocol):
@@ -21,22 +33,58 @@ class Ticket(Protocol):
     @property
     def wanted(self) -> bool: ...
 
-    def finished(self, evidence: Evidence) -> None: ...
+    def encoded(self, questions: int) -> None:
+        """Its documents are, together with those of other ``questions``."""
+
+    def decoded(self) -> None:
+        """A step was done for it."""
 
     def written(self, tokens: Tensor) -> None:
         """(T,) what is certain so far, the decoder's start token included."""
 
+    def finished(self, evidence: Evidence) -> None: ...
+
+    def failed(self, error: RagError) -> None: ...
+
 
 @dataclass(frozen=True, eq=False)
-class _Run:
-    decoding: Decoding
+class Scoring:
+    """Given answers (C, 1 + T) under documents N of (S,) with scores (N,), as :meth:`RagEngine.scoring` takes them."""
+
+    contexts: Sequence[Tensor]
+    doc_scores: Tensor
+    sequences: Tensor
+
+
+Kind = TypeVar("Kind", Task, Scoring)
+
+
+@dataclass(frozen=True, eq=False)
+class _Question:
     ticket: Ticket
     tokens: int
 
 
-def cache_tokens(task: Task) -> int:
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A question that decodes."""
+
+    question: _Question
+    decoding: Decoding
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """What is done in parts, and for whom. Questions that have left it are another's."""
+
+    questions: list[_Question]
+    parts: Parts[None]
+
+
+def cache_tokens(asked: Task | Scoring) -> int:
     """Upper bound of the cache positions that a question can take: its contexts, and a node a row and step."""
-    return sum(len(context) for context in task.contexts) + len(task.contexts) * task.nodes
+    nodes = asked.nodes if isinstance(asked, Task) else 0
+    return sum(len(context) + nodes for context in asked.contexts)
 
 
 class Scheduler:
@@ -49,47 +97,130 @@ class Scheduler:
     def __init__(self, engine: RagEngine, max_tokens: int) -> None:
         self._engine = engine
         self._max_tokens = max_tokens
+        self._works: deque[_Work] = deque()  # by turns
         self._running: list[_Run] = []
 
     @property
     def running(self) -> int:
-        """Questions that are being decoded."""
-        return len(self._running)
+        """Questions that are being encoded, decoded or scored."""
+        return len(self._questions())
 
     @property
     def tokens(self) -> int:
         """What of the budget is taken."""
-        return sum(run.tokens for run in self._running)
+        return sum(question.tokens for question in self._questions())
 
     def admits(self, tokens: Sequence[int]) -> bool:
         """Whether questions of these sizes may join those that run."""
         return self.tokens + sum(tokens) <= self._max_tokens
 
     def join(self, tasks: Sequence[Task], tickets: Sequence[Ticket]) -> None:
-        """Encodes the questions' documents, all at once; they decode from the next step on."""
-        for decoding, task, ticket in zip(self._engine.begin(tasks), tasks, tickets, strict=True):
-            self._running.append(_Run(decoding, ticket, cache_tokens(task)))
+        """Takes questions to be answered."""
+        questions = _questions(tasks, tickets)
+        self._works.append(_Work(questions, self._begin(tasks, questions)))
+
+    def score(self, scorings: Sequence[Scoring], strategy: Strategy, tickets: Sequence[Ticket]) -> None:
+        """Takes questions whose answers are given."""
+        questions = _questions(scorings, tickets)
+        self._works.append(_Work(questions, self._score(scorings, strategy, questions)))
 
     def step(self) -> bool:
-        """One token for every row of every question; whether any goes on. What raises, ends all of them."""
-        self._running = [run for run in self._running if run.ticket.wanted]
-        try:
-            self._advance()
-        except BaseException:
-            self._running = []
-            raise
-        return bool(self._running)
+        """Encodes and scores for a moment; then one token for every row of every question that decodes.
 
-    def _advance(self) -> None:
-        running = self._running
+        What fails in a part, fails for its questions; what fails in decoding, ends all and is raised.
+
+        Returns: whether anything is left to be done.
+        """
+        try:
+            self._do_parts()
+            self._decode()
+        except BaseException:
+            self._works, self._running = deque(), []
+            raise
+        return bool(self._works or self._running)
+
+    def _do_parts(self) -> None:
+        until_s = time.perf_counter() + BETWEEN_STEPS_S
+        while self._works:
+            work = self._works.popleft()
+            if self._do_part(work):
+                self._works.append(work)
+            if time.perf_counter() >= until_s:
+                break
+
+    def _do_part(self, work: _Work) -> bool:
+        """Whether there is more of it."""
+        if not any(question.ticket.wanted for question in work.questions):
+            return False
+        try:
+            next(work.parts)
+        except StopIteration:
+            return False
+        except Exception as error:
+            known = error if isinstance(error, RagError) else None
+            if known is None:
+                log.exception("part_failed", questions=len(work.questions))
+            for question in work.questions:
+                question.ticket.failed(known or InferenceError("the computation failed; the log has the trace"))
+            return False
+        return True
+
+    def _begin(self, tasks: Sequence[Task], questions: list[_Question]) -> Parts[None]:
+        for wanted in self._together(tasks, questions):
+            decodings = yield from self._engine.beginning([task for task, _ in wanted])
+            for (_, question), decoding in zip(wanted, decodings, strict=True):
+                question.ticket.encoded(len(wanted))
+                self._running.append(_Run(question, decoding))
+                questions.remove(question)
+            if questions:
+                yield
+
+    def _score(self, scorings: Sequence[Scoring], strategy: Strategy, questions: list[_Question]) -> Parts[None]:
+        for wanted in self._together(scorings, questions):
+            asked = [scoring for scoring, _ in wanted]
+            contexts, scores = [scoring.contexts for scoring in asked], [scoring.doc_scores for scoring in asked]
+            sequences = [scoring.sequences for scoring in asked]
+            evidence = yield from self._engine.scoring(contexts, scores, sequences, strategy)
+            for (_, question), found in zip(wanted, evidence, strict=True):
+                question.ticket.finished(found)
+                questions.remove(question)
+            if questions:
+                yield
+
+    def _together(
+        self, asked: Sequence[Kind], questions: Sequence[_Question]
+    ) -> Iterator[list[tuple[Kind, _Question]]]:
+        """Those who go together and are wanted when it is their turn."""
+        pairs = list(zip(asked, questions, strict=True))
+        for part in self._engine.together([one.contexts for one in asked]):
+            if wanted := [(one, question) for one, question in pairs[part] if question.ticket.wanted]:
+                yield wanted
+
+    def _decode(self) -> None:
+        running = [run for run in self._running if run.question.ticket.wanted]
         if running:
             self._engine.step([run.decoding for run in running])
         for run in running:
+            run.question.ticket.decoded()
             if (tokens := run.decoding.written) is not None:
-                run.ticket.written(tokens)
-        done = [run for run in running if run.decoding.finished]
-        if done:
-            evidence = self._engine.finish([run.decoding for run in done])
-            for run, found in zip(done, evidence, strict=True):
-                run.ticket.finished(found)
+                run.question.ticket.written(tokens)
         self._running = [run for run in running if not run.decoding.finished]
+        if done := [run for run in running if run.decoding.finished]:
+            work = _Work([run.question for run in done], self._finish(done))
+            if self._do_part(work):
+                self._works.append(work)
+
+    def _finish(self, done: Sequence[_Run]) -> Parts[None]:
+        evidence = yield from self._engine.finishing([run.decoding for run in done])
+        for run, found in zip(done, evidence, strict=True):
+            run.question.ticket.finished(found)
+
+    def _questions(self) -> list[_Question]:
+        in_works = [question for work in self._works for question in work.questions]
+        return [
+            question for question in (*in_works, *(run.question for run in self._running)) if question.ticket.wanted
+        ]
+
+
+def _questions(asked: Sequence[Task | Scoring], tickets: Sequence[Ticket]) -> list[_Question]:
+    return [_Question(ticket, cache_tokens(one)) for one, ticket in zip(asked, tickets, strict=True)]

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import RagTokenForGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from generator_svc.engine.backend import Answers, Task
+from generator_svc.engine.backend import Answers, Parts, Task
 from generator_svc.engine.heads import bos_of, padded, rank_scores, unique_rows, without_padding
 from shared.errors import InvalidRequest
 
@@ -66,36 +66,37 @@ class TransformersBackend:
     def warm_up(self) -> None:
         pass
 
-    def together(self, tasks: Sequence[Task]) -> list[slice]:
-        return [slice(0, len(tasks))]
+    def together(self, contexts: Sequence[Sequence[Tensor]]) -> list[slice]:
+        return [slice(at, at + 1) for at in range(len(contexts))]
 
-    def encode(self, contexts: Sequence[Tensor]) -> list[Tensor]:
+    def encode(self, contexts: Sequence[Tensor]) -> Parts[list[Tensor]]:
+        yield from ()
         ids, mask = self._padded_ids(contexts)
         states: Tensor = self._model.generator.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         return [row[: len(context)] for row, context in zip(states, contexts, strict=True)]
 
-    def begin(self, tasks: Sequence[Task]) -> list[WholeDecoding]:
+    def begin(self, tasks: Sequence[Task]) -> Parts[list[WholeDecoding]]:
         if any(task.fast for task in tasks):
             raise InvalidRequest("fast decoding needs a BART generator", param="decoding")
-        encoded = iter(self.encode([context for task in tasks for context in task.contexts]))
+        encoded = iter((yield from self.encode([context for task in tasks for context in task.contexts])))
         return [WholeDecoding(task, list(islice(encoded, len(task.contexts)))) for task in tasks]
 
     def step(self, running: Sequence[WholeDecoding]) -> None:
-        for decoding in running:
-            task = decoding.task
-            with _seeded(task.seed if task.config.do_sample else None, self._model.device):
-                found = self._token(task) if task.strategy == "token" else self._candidates(task, decoding.states)
-            rows = [without_padding(row, task.eos_token_ids, self._pad) for row in found.cpu()]
-            ranked = task.strategy == "sequence"
-            decoding.rows = unique_rows(rows) if ranked and task.deduplicate else rows
+        decoding = running[0]  # others may join and leave before the next one
+        task = decoding.task
+        with _seeded(task.seed if task.config.do_sample else None, self._model.device):
+            found = self._token(task) if task.strategy == "token" else self._candidates(task, decoding.states)
+        rows = [without_padding(row, task.eos_token_ids, self._pad) for row in found.cpu()]
+        ranked = task.strategy == "sequence"
+        decoding.rows = unique_rows(rows) if ranked and task.deduplicate else rows
 
-    def finish(self, done: Sequence[WholeDecoding]) -> list[Answers]:
+    def finish(self, done: Sequence[WholeDecoding]) -> Parts[list[Answers]]:
         answers = []
         for decoding in done:
             task = decoding.task
             assert decoding.rows is not None  # noqa: S101
             rows = padded(decoding.rows, self._pad)
-            (log_probs_CNT,) = self.score([decoding.states], [decoding.rows])
+            (log_probs_CNT,) = yield from self.score([decoding.states], [decoding.rows])
             if task.strategy == "sequence":
                 ranks = rank_scores(log_probs_CNT, rows[:, 1:], task.log_prior, self._bos, self._pad)
                 best = ranks.topk(min(task.config.num_return_sequences, len(rows))).indices
@@ -103,8 +104,11 @@ class TransformersBackend:
             answers.append(Answers(rows, log_probs_CNT))
         return answers
 
-    def score(self, encoded: Sequence[Sequence[Tensor]], answers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        return [self._score(states, rows) for states, rows in zip(encoded, answers, strict=True)]
+    def score(self, encoded: Sequence[Sequence[Tensor]], answers: Sequence[Sequence[Tensor]]) -> Parts[list[Tensor]]:
+        scored = []
+        for states, rows in zip(encoded, answers, strict=True):
+            scored.append((yield from self._score(states, rows)))
+        return scored
 
     def _token(self, task: Task) -> Tensor:
         """RAG-Token: at each step the documents' next-token distributions are mixed by p(z|x), then searched."""
@@ -149,7 +153,7 @@ class TransformersBackend:
             rules["prefix_allowed_tokens_fn"] = lambda _, sequence: allowed(sequence)
         return rules
 
-    def _score(self, states: Sequence[Tensor], answers: Sequence[Tensor]) -> Tensor:
+    def _score(self, states: Sequence[Tensor], answers: Sequence[Tensor]) -> Parts[Tensor]:
         """log p(y_t | x, z, y_<t), (C, N, T) float32; a few candidates at a time, so that logits stay small."""
         sequences = padded(answers, self._pad).to(self._model.device)
         labels_CT = sequences[:, 1:]
@@ -159,6 +163,8 @@ class TransformersBackend:
         step = max(1, _MAX_LOGITS // (n_docs * n_tokens * self._vocabulary))
         parts = []
         for start in range(0, len(sequences), step):
+            if start:
+                yield
             rows = sequences[start : start + step]
             logits_RTV = self._model.generator(
                 encoder_outputs=BaseModelOutput(last_hidden_state=states_NSD.repeat(len(rows), 1, 1)),

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from generator_svc.checkpoint import load_checkpoint
 from generator_svc.engine import Evidence, RagEngine, Task
-from generator_svc.engine.scheduler import Scheduler, cache_tokens
+from generator_svc.engine.scheduler import Scheduler, Scoring, cache_tokens
+from shared.errors import InferenceError, InvalidRequest, RagError
 from tests.tiny_checkpoint import save_tiny_checkpoint
 
 
@@ -18,6 +19,17 @@ class Caller:
     wanted: bool = True
     pieces: list[Tensor] = field(default_factory=list)
     evidence: Evidence | None = None
+    error: RagError | None = None
+    steps: int = 0
+
+    def encoded(self, questions: int) -> None:
+        pass
+
+    def decoded(self) -> None:
+        self.steps += 1
+
+    def failed(self, error: RagError) -> None:
+        self.error = error
 
     def finished(self, evidence: Evidence) -> None:
         self.evidence = evidence
@@ -86,6 +98,93 @@ def test_who_is_no_longer_wanted_is_dropped_before_the_next_step(engine: RagEngi
     stays.wanted = False
     assert not scheduler.step()
     assert scheduler.tokens == 0
+
+
+@pytest.fixture
+def in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document a part of encoding, a trie a part of scoring, a part a step, a question a time."""
+    monkeypatch.setattr("generator_svc.engine.decoder.CPU_PREFILL_TOKENS", 1)
+    monkeypatch.setattr("generator_svc.engine.decoding.SCORED_ROWS", 1)
+    monkeypatch.setattr("generator_svc.engine.bart_backend.CPU_HELD_NUMBERS", 1)
+    monkeypatch.setattr("generator_svc.engine.scheduler.BETWEEN_STEPS_S", 0.0)
+
+
+@pytest.mark.usefixtures("in_small_parts")
+def test_others_decode_at_every_step_while_a_large_question_is_encoded_and_scored(engine: RagEngine) -> None:
+    scheduler, runs, large = Scheduler(engine, max_tokens=100_000), Caller(), Caller()
+    scheduler.join([task(engine, new_tokens=60)], [runs])
+    while not runs.steps:
+        scheduler.step()
+    scheduler.join([task(engine, n_docs=20, new_tokens=3, strategy="sequence", num_beams=2)], [large])
+    steps_of_large = []
+    while large.evidence is None:
+        before = runs.steps
+        scheduler.step()
+        assert runs.steps == before + 1
+        steps_of_large.append(large.steps)
+    assert steps_of_large.count(0) == 19  # the first step comes with the twentieth document
+    assert steps_of_large.count(3) > 19  # a trie a document
+
+
+@pytest.mark.usefixtures("in_small_parts")
+def test_a_small_question_is_answered_while_a_large_one_is_encoded(engine: RagEngine) -> None:
+    scheduler, large, small, given = Scheduler(engine, max_tokens=100_000), Caller(), Caller(), Caller()
+    scheduler.join([task(engine, n_docs=40)], [large])
+    scheduler.step()
+    one = task(engine, new_tokens=3)
+    scheduler.join([one], [small])
+    answer = torch.tensor([[2, 17, 2]])
+    scheduler.score([Scoring(one.contexts, torch.zeros(2), answer)], "token", [given])
+    while small.evidence is None or given.evidence is None:
+        scheduler.step()
+    assert large.steps == 0
+    assert scheduler.running == 1
+    ids, scores = torch.nn.utils.rnn.pad_sequence(list(one.contexts), batch_first=True), torch.zeros(1, 2)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in one.contexts], batch_first=True)
+    expected = engine.score(ids, mask, scores, answer, strategy="token")
+    assert given.evidence.log_probs == pytest.approx(expected.log_probs)
+
+
+@pytest.mark.usefixtures("in_small_parts")
+def test_those_who_come_together_begin_one_after_the_other(engine: RagEngine) -> None:
+    scheduler, callers = Scheduler(engine, max_tokens=100_000), [Caller() for _ in range(4)]
+    scheduler.join([task(engine, n_docs=3) for _ in callers], callers)
+    callers[1].wanted = False
+    for _ in range(7):
+        scheduler.step()
+    assert [caller.steps for caller in callers] == [5, 0, 2, 0]
+    assert scheduler.tokens == 3 * cache_tokens(task(engine, n_docs=3))
+
+
+@pytest.mark.usefixtures("in_small_parts")
+def test_who_is_no_longer_wanted_is_dropped_between_two_documents(engine: RagEngine) -> None:
+    scheduler, gone = Scheduler(engine, max_tokens=100_000), Caller()
+    scheduler.join([task(engine, n_docs=20)], [gone])
+    assert scheduler.step()
+    gone.wanted = False
+    assert not scheduler.step()
+    assert scheduler.tokens == 0
+
+
+@pytest.mark.parametrize("error", [InvalidRequest("not so", param="x"), ZeroDivisionError()])
+def test_what_fails_while_it_is_encoded_fails_alone(
+    engine: RagEngine, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: Any) -> None:
+        raise error
+
+    scheduler, runs, fated = Scheduler(engine, max_tokens=100_000), Caller(), Caller()
+    scheduler.join([task(engine)], [runs])
+    scheduler.step()
+    with monkeypatch.context() as broken:
+        broken.setattr("generator_svc.engine.decoder.Bart.encode", fails)
+        scheduler.join([task(engine)], [fated])
+        scheduler.step()
+    while scheduler.step():
+        pass
+    assert isinstance(fated.error, InvalidRequest if isinstance(error, InvalidRequest) else InferenceError)
+    assert runs.error is None
+    assert runs.evidence is not None
 
 
 def test_every_step_shows_what_is_written_so_far(engine: RagEngine) -> None:

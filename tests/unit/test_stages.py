@@ -1,7 +1,7 @@
 """What shares a batch, and that each job of a batch gets what it would get alone."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from generator_svc.checkpoint import load_checkpoint
 from generator_svc.contexts import Context
 from generator_svc.engine.scheduler import Scheduler
 from generator_svc.metrics import GeneratorMetrics
-from generator_svc.stages import Assemble, Encode, Generate, Score, Stages, Tokenize, batch_key, batch_size
+from generator_svc.stages import Assemble, Encode, Generate, Job, Score, Stages, Tokenize, batch_key, batch_size
 from shared.deadline import Deadline
 from shared.errors import InferenceError, InvalidRequest
 from shared.worker import DeviceWorker
@@ -39,7 +39,7 @@ def generate(n_docs: int, options: Mapping[str, Any] = GREEDY, strategy: str = "
     return Generate(contexts, scores, {"strategy": strategy, **options})
 
 
-async def outcomes(stages: Stages, jobs: list[Generate]) -> list[Any]:
+async def outcomes(stages: Stages, jobs: Sequence[Job]) -> list[Any]:
     """What the worker gives for jobs that arrive together, in their order."""
     worker: DeviceWorker[Any, Any] = DeviceWorker(
         stages.run,
@@ -119,14 +119,14 @@ async def test_a_mask_token_without_a_row_of_its_own_is_read_as_unknown(tmp_path
     assert read == expected
 
 
-def test_scores_of_different_numbers_of_answers_share_a_batch(stages: Stages) -> None:
-    [few, many] = stages.run([Tokenize(["2138551"]), Tokenize(["Scheele", "it is not known", "Paris"])])
+async def test_scores_of_different_numbers_of_answers_share_a_batch(stages: Stages) -> None:
+    [few, many] = await outcomes(stages, [Tokenize(["2138551"]), Tokenize(["Scheele", "it is not known", "Paris"])])
     jobs = []
     for seed, answers in enumerate((few, many)):
         contexts = generate(2, seed=seed)
         jobs.append(Score(contexts.contexts, contexts.doc_scores, "sequence", answers))
-    for job, together in zip(jobs, stages.run(jobs), strict=True):
-        [alone] = stages.run([job])
+    for job, together in zip(jobs, await outcomes(stages, jobs), strict=True):
+        [alone] = await outcomes(stages, [job])
         assert [answer.text for answer in together] == [answer.text for answer in job.answers]
         assert [answer.log_prob for answer in together] == pytest.approx([a.log_prob for a in alone], abs=1e-4)
 
