@@ -20,12 +20,12 @@ from transformers import RagTokenForGeneration
 from generator_svc.engine.backend import Answers, Parts, Task
 from generator_svc.engine.cache import DocumentCache, chunks
 from generator_svc.engine.decoder import Bart
-from generator_svc.engine.decoding import BartDecoding, TreeDecoding, score, step
+from generator_svc.engine.decoding import BartDecoding, TreeDecoding, score, scored_together, step
 from generator_svc.engine.heads import bos_of, padded, rank_scores, unique_rows
 from generator_svc.engine.lane import LaneDecoding
 from generator_svc.engine.lanes import Lanes
 from generator_svc.engine.search import BeamSearch, RowSearch
-from generator_svc.engine.trie import Trie
+from generator_svc.engine.trie import Trie, pieces
 
 # Keys and values that a batch's documents may hold on a CPU, where more questions at once gain little time: a step is
 # bound by its products from some ten rows on.
@@ -134,13 +134,14 @@ class BartBackend:
     ) -> Parts[list[dict[tuple[int, ...], Tensor]]]:
         """For each document log p(y_t | x, z, y_<t) of its answers, (T,) each."""
         of_documents = [tuple(map(_key, rows)) for rows in answers]
-        tries = {rows: Trie.of(rows) for rows in set(of_documents) if rows}  # documents may share one
-        asked = [at for at, rows in enumerate(of_documents) if rows]
-        of_asked = [tries[of_documents[at]] for at in asked]
-        edges = iter((yield from score(self._bart, [documents[at] for at in asked], of_asked)))
-        return [
-            dict(zip(rows, tries[rows].along_paths(next(edges)), strict=True)) if rows else {} for rows in of_documents
-        ]
+        together = scored_together(self._bart)
+        tries = {rows: [(piece, Trie.of(piece)) for piece in pieces(rows, together)] for rows in set(of_documents)}
+        asked = [(at, *found) for at, rows in enumerate(of_documents) for found in tries[rows]]  # who may share tries
+        edges = yield from score(self._bart, [documents[at] for at, _, _ in asked], [trie for _, _, trie in asked])
+        known: list[dict[tuple[int, ...], Tensor]] = [{} for _ in documents]
+        for (at, piece, trie), of_trie in zip(asked, edges, strict=True):
+            known[at] |= zip(piece, trie.along_paths(of_trie), strict=True)
+        return known
 
     def _best(self, task: Task, rows: Tensor, log_probs_CNT: Tensor) -> tuple[Tensor, Tensor]:
         """The candidates that thorough or fast decoding ranks first, as many as were asked for."""

@@ -132,17 +132,22 @@ def step(bart: Bart, running: Sequence[TreeDecoding]) -> None:
         decoding.advance(logits)
 
 
+def scored_together(bart: Bart) -> int:
+    """Nodes of tries in one pass."""
+    return SCORED_ROWS if bart.on_cpu else CUDA_SCORED_ROWS
+
+
 @torch.inference_mode()
 def score(bart: Bart, caches: Sequence[DocumentCache], tries: Sequence[Trie]) -> Parts[list[Tensor]]:
     """log p(edge token | document, path to the edge's node): for each document (X,) float32, the edges of its trie.
 
-    On the host. Documents of many questions go together; a trie may stand for several documents.
+    On the host. Documents of many questions go together; a trie may stand for several documents, and a document that
+    has several tries has one in a pass.
     """
     scores: list[Tensor] = []
-    scored_rows = SCORED_ROWS if bart.on_cpu else CUDA_SCORED_ROWS
     start = rows = 0
     for end, trie in enumerate(tries):
-        if rows and rows + len(trie.tokens) > scored_rows:
+        if rows and (rows + len(trie.tokens) > scored_together(bart) or caches[end] is caches[end - 1]):
             scores += _score_together(bart, caches[start:end], tries[start:end])
             start, rows = end, 0
             yield

@@ -5,10 +5,27 @@ Shapes: M nodes, C candidates, X edges.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def pieces(candidates: Sequence[tuple[int, ...]], nodes: int) -> list[list[tuple[int, ...]]]:
+    """Candidates whose tries have so many nodes at most, or one candidate; those that begin alike go together."""
+    found: list[list[tuple[int, ...]]] = []
+    taken = nodes
+    before: tuple[int, ...] = ()
+    for candidate in sorted(candidates):  # a candidate's neighbour shares most with it; its last token is no node
+        shared = takewhile(lambda pair: pair[0] == pair[1], zip(before[:-1], candidate[:-1], strict=False))
+        taken += len(candidate[:-1]) - sum(1 for _ in shared)
+        if taken > nodes or not found:
+            found.append([])
+            taken = len(candidate[:-1])
+        found[-1].append(candidate)
+        before = candidate
+    return found
 
 
 @dataclass(frozen=True)

@@ -278,7 +278,9 @@ def test_questions_of_every_kind_run_together_and_get_what_they_get_alone(checkp
 def test_neither_the_questions_nor_the_documents_that_run_together_change_an_answer(
     checkpoints: list[Path], strategy: Strategy, num_beams: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A question at a time, and every document padded by itself: groups, and rows in another order than the groups'."""
+    """A question at a time, every document padded by itself (groups, and rows in another order than the groups'), and
+    candidates scored a few at a time.
+    """
     engine = RagEngine.from_pretrained(checkpoints[0])
     contexts = random_contexts(4, n_questions=4)
     together = engine.generate(*contexts, strategy=strategy, num_beams=num_beams, max_new_tokens=8)
@@ -286,7 +288,9 @@ def test_neither_the_questions_nor_the_documents_that_run_together_change_an_ans
     scattered = engine.generate(*contexts, strategy=strategy, num_beams=num_beams, max_new_tokens=8)
     monkeypatch.setattr("generator_svc.engine.bart_backend.CPU_HELD_NUMBERS", 1)
     apart = engine.generate(*contexts, strategy=strategy, num_beams=num_beams, max_new_tokens=8)
-    for other in (scattered, apart):
+    monkeypatch.setattr("generator_svc.engine.decoding.SCORED_ROWS", 9)
+    in_pieces = engine.generate(*contexts, strategy=strategy, num_beams=num_beams, max_new_tokens=8)
+    for other in (scattered, apart, in_pieces):
         assert other.sequences.tolist() == together.sequences.tolist()
         assert other.log_probs.tolist() == pytest.approx(together.log_probs.tolist(), abs=1e-4)
 

@@ -104,7 +104,7 @@ def test_who_is_no_longer_wanted_is_dropped_before_the_next_step(engine: RagEngi
 def in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A document a part of encoding, a trie a part of scoring, a part a step, a question a time."""
     monkeypatch.setattr("generator_svc.engine.decoder.CPU_PREFILL_TOKENS", 1)
-    monkeypatch.setattr("generator_svc.engine.decoding.SCORED_ROWS", 1)
+    monkeypatch.setattr("generator_svc.engine.decoding.SCORED_ROWS", 40)
     monkeypatch.setattr("generator_svc.engine.bart_backend.CPU_HELD_NUMBERS", 1)
     monkeypatch.setattr("generator_svc.engine.scheduler.BETWEEN_STEPS_S", 0.0)
 
