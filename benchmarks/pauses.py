@@ -45,6 +45,10 @@ LARGE: dict[str, Request | None] = {
         "/v1/answer",
         {"question": QUESTIONS[0], "n_docs": 20, "num_beams": 8, "max_new_tokens": 16, "strategy": "sequence"},
     ),
+    "8 questions, 20 documents, 8 beams": (
+        "/v1/answer",
+        {"question": QUESTIONS[:8], "n_docs": 20, "num_beams": 8, "max_new_tokens": 8, "strategy": "token"},
+    ),
     "32 answers scored under 20 documents": (
         "/v1/score",
         {"question": QUESTIONS[0], "n_docs": 20, "answers": ANSWERS, "strategy": "sequence"},

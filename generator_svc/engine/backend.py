@@ -100,8 +100,8 @@ class Backend(Protocol):
     def begin(self, tasks: Sequence[Task]) -> Parts[Sequence[Decoding]]:
         """Encodes the documents of all questions together."""
 
-    def step(self, running: Sequence[Any]) -> None:
-        """Moves decodings on, some of them at least. Those that began together are moved on together."""
+    def step(self, running: Sequence[Any]) -> Sequence[Decoding]:
+        """Moves decodings on, the first at least and others as far as that takes little longer, and returns them."""
 
     def finish(self, done: Sequence[Any]) -> Parts[list[Answers]]:
         """The answers of decodings that are finished."""

@@ -30,6 +30,8 @@ from generator_svc.engine.trie import Trie, pieces
 # Keys and values that a batch's documents may hold on a CPU, where more questions at once gain little time: a step is
 # bound by its products from some ten rows on.
 CPU_HELD_NUMBERS = 40 * 2**20
+# Rows of a step on a CPU, if no question has more by itself: nothing is gained by more, and all wait for its end.
+CPU_STEP_ROWS = 512
 
 
 class BartBackend:
@@ -76,14 +78,19 @@ class BartBackend:
             for task, found in zip(tasks, in_lanes, strict=True)
         ]
 
-    def step(self, running: Sequence[BartDecoding]) -> None:
-        lanes = {decoding.lane for decoding in running if isinstance(decoding, LaneDecoding)}
+    def step(self, running: Sequence[BartDecoding]) -> list[BartDecoding]:
+        in_lanes = [decoding for decoding in running if isinstance(decoding, LaneDecoding)]
+        others = [decoding for decoding in running if isinstance(decoding, TreeDecoding)]
+        if self._bart.on_cpu:
+            others = _of_a_short_step(others)
+        lanes = {decoding.lane for decoding in in_lanes}
         for lane in lanes:
             lane.step()
-        if others := [decoding for decoding in running if isinstance(decoding, TreeDecoding)]:
+        if others:
             step(self._bart, others)
         for lane in lanes:
             lane.settle()
+        return [*in_lanes, *others]
 
     def finish(self, done: Sequence[BartDecoding]) -> Parts[list[Answers]]:
         found = [self._candidates(decoding) for decoding in done]
@@ -193,6 +200,17 @@ class BartBackend:
             early_stopping=config.early_stopping,
             **rules,
         )
+
+
+def _of_a_short_step(decodings: Sequence[TreeDecoding]) -> list[TreeDecoding]:
+    """The first, and of the others as many as there is room for, those with few rows before those with many."""
+    chosen, rows = list(decodings[:1]), sum(decoding.rows for decoding in decodings[:1])
+    for decoding in sorted(decodings[1:], key=lambda decoding: decoding.rows):
+        rows += decoding.rows
+        if rows > CPU_STEP_ROWS:
+            break
+        chosen.append(decoding)
+    return chosen
 
 
 def _key(row: Tensor) -> tuple[int, ...]:

@@ -73,6 +73,11 @@ class TreeDecoding(BartDecoding):
         self._visible: list[Tensor | None] = [None for _ in search.rows]
 
     @property
+    def rows(self) -> int:
+        """That the next step has, of all documents."""
+        return len(self.search.tokens) * (len(self.caches) if self.task.strategy == "token" else 1)
+
+    @property
     def finished(self) -> bool:
         return not any(self.search.rows)
 

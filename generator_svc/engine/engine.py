@@ -212,13 +212,16 @@ class RagEngine:
         return list((yield from self._backend.begin(tasks)))
 
     @torch.inference_mode()
-    def step(self, running: Sequence[Decoding]) -> None:
+    def step(self, running: Sequence[Decoding]) -> Sequence[Decoding]:
         """One token for every row of every question, whatever their options. None may be finished.
 
-        Questions that began together are moved on together: a step of one of them is a step of all. Of generators that
-        are not BART the first question alone is moved on, to its end.
+        Where these are too many rows for a short step, and with generators that are not BART, it is for the first
+        question and some others. On CUDA questions that began together are moved on together: a step of one of them is
+        a step of all.
+
+        Returns: those that were moved on.
         """
-        self._backend.step(running)
+        return self._backend.step(running)
 
     def finish(self, done: Sequence[Decoding]) -> list[Evidence]:
         """The answers of questions that are finished."""

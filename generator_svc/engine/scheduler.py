@@ -125,7 +125,7 @@ class Scheduler:
         self._works.append(_Work(questions, self._score(scorings, strategy, questions)))
 
     def step(self) -> bool:
-        """Encodes and scores for a moment; then one token for every row of every question that decodes.
+        """Encodes and scores for a moment; then :meth:`RagEngine.step` for the questions that decode.
 
         What fails in a part, fails for its questions; what fails in decoding, ends all and is raised.
 
@@ -198,12 +198,13 @@ class Scheduler:
 
     def _decode(self) -> None:
         running = [run for run in self._running if run.question.ticket.wanted]
-        if running:
-            self._engine.step([run.decoding for run in running])
+        moved = set(self._engine.step([run.decoding for run in running])) if running else set()
         for run in running:
-            run.question.ticket.decoded()
-            if (tokens := run.decoding.written) is not None:
-                run.question.ticket.written(tokens)
+            if run.decoding in moved:
+                run.question.ticket.decoded()
+                if (tokens := run.decoding.written) is not None:
+                    run.question.ticket.written(tokens)
+        running.sort(key=lambda run: run.decoding in moved)  # who waited is first in the next
         self._running = [run for run in running if not run.decoding.finished]
         if done := [run for run in running if run.decoding.finished]:
             work = _Work([run.question for run in done], self._finish(done))

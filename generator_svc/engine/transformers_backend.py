@@ -81,7 +81,7 @@ class TransformersBackend:
         encoded = iter((yield from self.encode([context for task in tasks for context in task.contexts])))
         return [WholeDecoding(task, list(islice(encoded, len(task.contexts)))) for task in tasks]
 
-    def step(self, running: Sequence[WholeDecoding]) -> None:
+    def step(self, running: Sequence[WholeDecoding]) -> list[WholeDecoding]:
         decoding = running[0]  # others may join and leave before the next one
         task = decoding.task
         with _seeded(task.seed if task.config.do_sample else None, self._model.device):
@@ -89,6 +89,7 @@ class TransformersBackend:
         rows = [without_padding(row, task.eos_token_ids, self._pad) for row in found.cpu()]
         ranked = task.strategy == "sequence"
         decoding.rows = unique_rows(rows) if ranked and task.deduplicate else rows
+        return [decoding]
 
     def finish(self, done: Sequence[WholeDecoding]) -> Parts[list[Answers]]:
         answers = []

@@ -166,6 +166,30 @@ def test_who_is_no_longer_wanted_is_dropped_between_two_documents(engine: RagEng
     assert scheduler.tokens == 0
 
 
+def test_questions_with_many_rows_take_turns_and_small_ones_move_at_every_step(
+    engine: RagEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("generator_svc.engine.bart_backend.CPU_STEP_ROWS", 12)
+    tasks = [task(engine, question=at, n_docs=3, num_beams=3, new_tokens=7) for at in range(3)]
+    callers, small = [Caller() for _ in tasks], Caller()
+    scheduler = Scheduler(engine, max_tokens=100_000)
+    scheduler.join(tasks, callers)
+    scheduler.step()  # a row a document: all have a turn
+    scheduler.join([task(engine, new_tokens=40)], [small])
+    for steps in range(1, 13):
+        scheduler.step()
+        assert small.steps == steps
+        counts = [caller.steps for caller in callers]
+        assert sum(counts) == 3 + steps
+        assert max(counts) - min(counts) <= 1
+    while scheduler.step():
+        pass
+    for one, caller in zip(tasks, callers, strict=True):
+        [alone] = engine.run([one])
+        assert caller.evidence is not None
+        assert torch.equal(caller.evidence.sequences, alone.sequences)
+
+
 @pytest.mark.parametrize("error", [InvalidRequest("not so", param="x"), ZeroDivisionError()])
 def test_what_fails_while_it_is_encoded_fails_alone(
     engine: RagEngine, monkeypatch: pytest.MonkeyPatch, error: Exception
