@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test coverage test-fast check lint docs demo-model bench bench-engine bench-encoder bench-serve bench-retriever bench-overload audit sbom parity crash swap gpu-check clean browser prometheus bench-build docker-test
+.PHONY: help setup setup-dev run test coverage test-fast check lint docs demo-model bench bench-engine bench-encoder bench-serve bench-pauses bench-retriever bench-overload audit sbom parity crash swap gpu-check clean browser prometheus bench-build docker-test
 
 PYTHON ?= python3
 VENV   := .venv
@@ -70,8 +70,11 @@ bench-engine: setup-dev  ## compare the decode engine with transformers' generat
 bench-encoder: setup-dev  ## questions and passages through a DPR encoder, beside transformers' (2 minutes)
 	@$(BIN)/python -W ignore -m benchmarks.encoder $(BENCH)
 
-bench-serve: setup-dev  ## load both services at rising rates, beside transformers behind FastAPI (BENCH=--quick: 6 minutes)
+bench-serve: setup-dev  ## load both services at rising rates, beside transformers behind FastAPI (BENCH=--quick: 6 minutes; BENCH="--model base")
 	@$(BIN)/python -W ignore -m benchmarks.serve $(BENCH)
+
+bench-pauses: setup-dev  ## how long a stream pauses beside somebody else's large request (3 minutes)
+	@$(BIN)/python -W ignore -m benchmarks.pauses $(BENCH)
 
 bench-retriever: setup-dev  ## compare the retriever with raw faiss, txtai, Chroma and transformers (BENCH=--quick: minutes)
 	@$(BIN)/python -W ignore -m benchmarks.retriever $(BENCH)

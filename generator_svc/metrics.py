@@ -41,7 +41,7 @@ class GeneratorMetrics:
             "generator_truncated_passages", "Passages cut so that the question fits.", registry=registry
         )
         self._running = Gauge(
-            "generator_running_questions", "Questions that are being generated, together.", registry=registry
+            "generator_running_questions", "Questions that are encoded, decoded or scored.", registry=registry
         )
         self._tokens = Gauge(
             "generator_decode_tokens", "What they take of the budget max_decode_tokens.", registry=registry
