@@ -38,6 +38,7 @@ from generator_svc.settings import DEMO_CHECKPOINT
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 RESULTS = Path(__file__).parent / "results"
 PLAIN_PORT = 18010
@@ -207,7 +208,9 @@ def throughput(points: Sequence[Point], system: str, beams: int, limit_ms: float
 
 
 def plot(points: Sequence[Point], beams: Sequence[int], limit_ms: float, path: Path) -> None:
-    figure, axes = plt.subplots(1, len(beams), figsize=(5.5 * len(beams), 4.2), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(beams), figsize=(5.5 * len(beams), 4.6), sharey=True, squeeze=False, layout="constrained"
+    )
     for axis, number in zip(axes[0], beams, strict=True):
         for colour, (key, name) in zip(("#0f9d8f", "#c0568f", "#3b82c4"), NAMES.items(), strict=True):
             of_system = [p.figures for p in points if (p.system, p.beams) == (key, number)]
@@ -216,11 +219,14 @@ def plot(points: Sequence[Point], beams: Sequence[int], limit_ms: float, path: P
             axis.plot(rates, [f.p50 * 1e3 for f in of_system], "--", color=colour, label=f"{name}, p50")
         axis.axhline(limit_ms, color="#999999", linewidth=0.8)
         axis.set(xscale="log", yscale="log", xlabel="questions a second, offered")
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            scale.set_major_formatter("{x:g}")
+            scale.set_minor_formatter(NullFormatter())
         axis.set_title("greedy" if number == 1 else f"{number} beams")
         axis.grid(visible=True, which="both", linewidth=0.3)
     axes[0][0].set_ylabel("latency from when it was due, ms")
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -135,12 +135,11 @@ def batch_size(job: Job) -> int:
             return 1
 
 
-class ScoreTicket:
-    """The way back to the caller of a question whose answers are given."""
+class _Caller:
+    """Who waits for what comes of a job, and not for anything before."""
 
-    def __init__(self, job: Score, codec: AnswerCodec) -> None:
+    def __init__(self) -> None:
         self.later: Later = Deferred()
-        self._texts, self._codec = [answer.text for answer in job.answers], codec
 
     @property
     def wanted(self) -> bool:
@@ -155,30 +154,34 @@ class ScoreTicket:
     def written(self, tokens: Tensor) -> None:
         pass
 
-    def finished(self, evidence: Evidence) -> None:
-        try:
-            self.later.resolve(scored_answers(evidence, self._codec, self._texts))
-        except RagError as error:
-            self.later.reject(error)
-
     def failed(self, error: RagError) -> None:
         self.later.reject(error)
 
 
-class AnswerTicket:
-    """A question's way back to its caller."""
+class ScoreTicket(_Caller):
+    """Of a question whose answers are given."""
+
+    def __init__(self, job: Score, codec: AnswerCodec) -> None:
+        super().__init__()
+        self._texts, self._codec = [answer.text for answer in job.answers], codec
+
+    def finished(self, evidence: Evidence) -> None:
+        try:
+            self.later.resolve(scored_answers(evidence, self._codec, self._texts))
+        except RagError as error:
+            self.failed(error)
+
+
+class AnswerTicket(_Caller):
+    """Of a question to be answered."""
 
     def __init__(self, job: Generate, codec: AnswerCodec, metrics: GeneratorMetrics) -> None:
-        self.later: Later = Deferred()
+        super().__init__()
         self._job, self._codec, self._metrics = job, codec, metrics
         self._on_text = job.on_text
         self._joined_s, self._prefilled_s = time.perf_counter(), 0.0
         self._sent = ""
         self._has_token = self._follows = False
-
-    @property
-    def wanted(self) -> bool:
-        return self.later.wanted
 
     def encoded(self, questions: int) -> None:
         self._prefilled_s = time.perf_counter()
@@ -194,14 +197,11 @@ class AnswerTicket:
             self._metrics.first_token(time.perf_counter() - self._job.asked_s)
         self._has_token = True
 
-    def failed(self, error: RagError) -> None:
-        self.later.reject(error)
-
     def finished(self, evidence: Evidence) -> None:
         try:
             answers = scored_answers(evidence, self._codec)
         except RagError as error:
-            self.later.reject(error)
+            self.failed(error)
             return
         now_s = time.perf_counter()
         tokens = sum(len(answer.tokens) for answer in answers)

@@ -143,7 +143,9 @@ class BartBackend:
         of_documents = [tuple(map(_key, rows)) for rows in answers]
         together = scored_together(self._bart)
         tries = {rows: [(piece, Trie.of(piece)) for piece in pieces(rows, together)] for rows in set(of_documents)}
-        asked = [(at, *found) for at, rows in enumerate(of_documents) for found in tries[rows]]  # who may share tries
+        asked = [
+            (at, *found) for at, rows in enumerate(of_documents) for found in tries[rows]
+        ]  # documents may share tries
         edges = yield from score(self._bart, [documents[at] for at, _, _ in asked], [trie for _, _, trie in asked])
         known: list[dict[tuple[int, ...], Tensor]] = [{} for _ in documents]
         for (at, piece, trie), of_trie in zip(asked, edges, strict=True):

@@ -7,7 +7,6 @@ caches.
 """
 
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -97,7 +96,8 @@ class Scheduler:
     def __init__(self, engine: RagEngine, max_tokens: int) -> None:
         self._engine = engine
         self._max_tokens = max_tokens
-        self._works: deque[_Work] = deque()  # by turns
+        # Another thread may count: lists are replaced, and what is under way is in one of them.
+        self._works: list[_Work] = []  # by turns
         self._running: list[_Run] = []
 
     @property
@@ -117,12 +117,12 @@ class Scheduler:
     def join(self, tasks: Sequence[Task], tickets: Sequence[Ticket]) -> None:
         """Takes questions to be answered."""
         questions = _questions(tasks, tickets)
-        self._works.append(_Work(questions, self._begin(tasks, questions)))
+        self._works = [*self._works, _Work(questions, self._begin(tasks, questions))]
 
     def score(self, scorings: Sequence[Scoring], strategy: Strategy, tickets: Sequence[Ticket]) -> None:
         """Takes questions whose answers are given."""
         questions = _questions(scorings, tickets)
-        self._works.append(_Work(questions, self._score(scorings, strategy, questions)))
+        self._works = [*self._works, _Work(questions, self._score(scorings, strategy, questions))]
 
     def step(self) -> bool:
         """Encodes and scores for a moment; then :meth:`RagEngine.step` for the questions that decode.
@@ -132,21 +132,21 @@ class Scheduler:
         Returns: whether anything is left to be done.
         """
         try:
-            self._do_parts()
+            until_s = time.perf_counter() + BETWEEN_STEPS_S
+            while self._works:
+                self._do_part_of_first()
+                if time.perf_counter() >= until_s:
+                    break
             self._decode()
         except BaseException:
-            self._works, self._running = deque(), []
+            self._works, self._running = [], []
             raise
         return bool(self._works or self._running)
 
-    def _do_parts(self) -> None:
-        until_s = time.perf_counter() + BETWEEN_STEPS_S
-        while self._works:
-            work = self._works.popleft()
-            if self._do_part(work):
-                self._works.append(work)
-            if time.perf_counter() >= until_s:
-                break
+    def _do_part_of_first(self) -> None:
+        work, *others = self._works
+        more = self._do_part(work)
+        self._works = [*others, work] if more else others
 
     def _do_part(self, work: _Work) -> bool:
         """Whether there is more of it."""
@@ -170,7 +170,7 @@ class Scheduler:
             decodings = yield from self._engine.beginning([task for task, _ in wanted])
             for (_, question), decoding in zip(wanted, decodings, strict=True):
                 question.ticket.encoded(len(wanted))
-                self._running.append(_Run(question, decoding))
+                self._running = [*self._running, _Run(question, decoding)]
                 questions.remove(question)
             if questions:
                 yield
@@ -207,9 +207,8 @@ class Scheduler:
         running.sort(key=lambda run: run.decoding in moved)  # who waited is first in the next
         self._running = [run for run in running if not run.decoding.finished]
         if done := [run for run in running if run.decoding.finished]:
-            work = _Work([run.question for run in done], self._finish(done))
-            if self._do_part(work):
-                self._works.append(work)
+            self._works = [_Work([run.question for run in done], self._finish(done)), *self._works]
+            self._do_part_of_first()
 
     def _finish(self, done: Sequence[_Run]) -> Parts[None]:
         evidence = yield from self._engine.finishing([run.decoding for run in done])

@@ -70,7 +70,7 @@ class TransformersBackend:
         return [slice(at, at + 1) for at in range(len(contexts))]
 
     def encode(self, contexts: Sequence[Tensor]) -> Parts[list[Tensor]]:
-        yield from ()
+        yield from ()  # in one part
         ids, mask = self._padded_ids(contexts)
         states: Tensor = self._model.generator.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         return [row[: len(context)] for row, context in zip(states, contexts, strict=True)]
