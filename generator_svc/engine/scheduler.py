@@ -167,13 +167,17 @@ class Scheduler:
 
     def _begin(self, tasks: Sequence[Task], questions: list[_Question]) -> Parts[None]:
         for wanted in self._together(tasks, questions):
-            decodings = yield from self._engine.beginning([task for task, _ in wanted])
-            for (_, question), decoding in zip(wanted, decodings, strict=True):
-                question.ticket.encoded(len(wanted))
-                self._running = [*self._running, _Run(question, decoding)]
+            encoded = [question for _, question in wanted]
+            self._run(encoded, (yield from self._engine.beginning([task for task, _ in wanted])))
+            for question in encoded:
                 questions.remove(question)
             if questions:
                 yield
+
+    def _run(self, questions: Sequence[_Question], decodings: Sequence[Decoding]) -> None:
+        for question in questions:
+            question.ticket.encoded(len(questions))
+        self._running = [*self._running, *map(_Run, questions, decodings)]
 
     def _score(self, scorings: Sequence[Scoring], strategy: Strategy, questions: list[_Question]) -> Parts[None]:
         for wanted in self._together(scorings, questions):
@@ -187,13 +191,14 @@ class Scheduler:
             if questions:
                 yield
 
-    def _together(
-        self, asked: Sequence[Kind], questions: Sequence[_Question]
-    ) -> Iterator[list[tuple[Kind, _Question]]]:
-        """Those who go together and are wanted when it is their turn."""
+    def _together(self, asked: Sequence[Kind], questions: list[_Question]) -> Iterator[list[tuple[Kind, _Question]]]:
+        """Those who go together and are wanted when it is their turn; who is not, leaves ``questions``."""
         pairs = list(zip(asked, questions, strict=True))
         for part in self._engine.together([one.contexts for one in asked]):
-            if wanted := [(one, question) for one, question in pairs[part] if question.ticket.wanted]:
+            for _, question in pairs[part]:
+                if not question.ticket.wanted:
+                    questions.remove(question)
+            if wanted := [(one, question) for one, question in pairs[part] if question in questions]:
                 yield wanted
 
     def _decode(self) -> None:
@@ -217,9 +222,7 @@ class Scheduler:
 
     def _questions(self) -> list[_Question]:
         in_works = [question for work in self._works for question in work.questions]
-        return [
-            question for question in (*in_works, *(run.question for run in self._running)) if question.ticket.wanted
-        ]
+        return in_works + [run.question for run in self._running]
 
 
 def _questions(asked: Sequence[Task | Scoring], tickets: Sequence[Ticket]) -> list[_Question]:

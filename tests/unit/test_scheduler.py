@@ -190,12 +190,12 @@ def test_questions_with_many_rows_take_turns_and_small_ones_move_at_every_step(
         assert torch.equal(caller.evidence.sequences, alone.sequences)
 
 
-@pytest.mark.parametrize("error", [InvalidRequest("not so", param="x"), ZeroDivisionError()])
+@pytest.mark.parametrize(("raised", "told"), [(InvalidRequest, InvalidRequest), (ZeroDivisionError, InferenceError)])
 def test_what_fails_while_it_is_encoded_fails_alone(
-    engine: RagEngine, monkeypatch: pytest.MonkeyPatch, error: Exception
+    engine: RagEngine, monkeypatch: pytest.MonkeyPatch, raised: type[Exception], told: type[RagError]
 ) -> None:
     def fails(*_: Any) -> None:
-        raise error
+        raise raised("not so")
 
     scheduler, runs, fated = Scheduler(engine, max_tokens=100_000), Caller(), Caller()
     scheduler.join([task(engine)], [runs])
@@ -206,7 +206,7 @@ def test_what_fails_while_it_is_encoded_fails_alone(
         scheduler.step()
     while scheduler.step():
         pass
-    assert isinstance(fated.error, InvalidRequest if isinstance(error, InvalidRequest) else InferenceError)
+    assert isinstance(fated.error, told)
     assert runs.error is None
     assert runs.evidence is not None
 
