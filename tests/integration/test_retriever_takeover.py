@@ -197,11 +197,17 @@ def lineages(folder: Path) -> list[str]:
 
 async def test_an_alias_that_waits_for_the_disk_holds_nobody_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus(folder)
-    disk = threading.Event()
+    reached, disk = threading.Event(), threading.Event()
+
+    def flush(_: Path) -> None:
+        reached.set()
+        disk.wait(60)
+
     async with serving(app_of(folder)) as http:
         with monkeypatch.context() as patch:
-            patch.setattr(catalog_module.gen, "flush", lambda _: disk.wait(60))
+            patch.setattr(catalog_module.gen, "flush", flush)
             first = asyncio.create_task(http.put("/v1/aliases/live", json={"collection": "news"}))
+            assert await asyncio.to_thread(reached.wait, 60)
             second = asyncio.create_task(http.delete("/v1/aliases/live"))
             found = await http.post("/v1/retrieve", json={"vectors": [[0.0] * D], "collection": "news"})
             assert found.status_code == 200

@@ -4,6 +4,7 @@ import asyncio
 import math
 import time
 from contextlib import AsyncExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,14 +172,20 @@ async def test_while_one_sheds_a_client_that_sends_little_is_next() -> None:
     await visitors.end()
 
 
-async def test_while_one_sheds_a_modest_client_waits_for_its_own_requests_but_not_for_many() -> None:
+async def test_while_one_sheds_a_modest_client_waits_for_its_own_requests_but_not_for_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = SimpleNamespace(now_s=100.0, monotonic=lambda: clock.now_s)
+    monkeypatch.setattr("shared.door.time", clock)  # whoever is modest follows from how long each was inside
     visitors = Visitors(door(max_inside=2, share=0.5, shed_after_s=0.02))
     await visitors.come("a0")
+    clock.now_s += 0.005
     await visitors.leave("a0")
     await visitors.come("a1", "a2", "a3")
-    await asyncio.sleep(0.05)
+    clock.now_s += 0.05
     assert visitors.door.shedding
     await visitors.come("b1")
+    clock.now_s += 0.005
     await visitors.leave("a1")
     assert visitors.inside == ["a2", "b1"]
     await visitors.come("b2", "b3", "b4")
