@@ -215,9 +215,9 @@ class RagEngine:
     def step(self, running: Sequence[Decoding]) -> Sequence[Decoding]:
         """One token for every row of every question, whatever their options. None may be finished.
 
-        Where these are too many rows for a short step, and with generators that are not BART, it is for the first
-        question and some others. On CUDA questions that began together are moved on together: a step of one of them is
-        a step of all.
+        Where that were too many rows for a short step, it is for the first question and as many others as fit; with
+        generators that are not BART, it is the whole answer to the first question. On CUDA questions that began
+        together are moved on together: a step of one of them is a step of all.
 
         Returns: those that were moved on.
         """

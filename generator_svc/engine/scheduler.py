@@ -96,7 +96,7 @@ class Scheduler:
     def __init__(self, engine: RagEngine, max_tokens: int) -> None:
         self._engine = engine
         self._max_tokens = max_tokens
-        # Another thread may count: lists are replaced, and what is under way is in one of them.
+        # A metric is read in another thread: what is under way is always in one of these, and counted there.
         self._works: list[_Work] = []  # by turns
         self._running: list[_Run] = []
 
@@ -116,12 +116,12 @@ class Scheduler:
 
     def join(self, tasks: Sequence[Task], tickets: Sequence[Ticket]) -> None:
         """Takes questions to be answered."""
-        questions = _questions(tasks, tickets)
+        questions = _with_tickets(tasks, tickets)
         self._works = [*self._works, _Work(questions, self._begin(tasks, questions))]
 
     def score(self, scorings: Sequence[Scoring], strategy: Strategy, tickets: Sequence[Ticket]) -> None:
         """Takes questions whose answers are given."""
-        questions = _questions(scorings, tickets)
+        questions = _with_tickets(scorings, tickets)
         self._works = [*self._works, _Work(questions, self._score(scorings, strategy, questions))]
 
     def step(self) -> bool:
@@ -225,5 +225,5 @@ class Scheduler:
         return in_works + [run.question for run in self._running]
 
 
-def _questions(asked: Sequence[Task | Scoring], tickets: Sequence[Ticket]) -> list[_Question]:
+def _with_tickets(asked: Sequence[Task | Scoring], tickets: Sequence[Ticket]) -> list[_Question]:
     return [_Question(ticket, cache_tokens(one)) for one, ticket in zip(asked, tickets, strict=True)]
