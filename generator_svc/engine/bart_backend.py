@@ -30,8 +30,6 @@ from generator_svc.engine.trie import Trie, pieces
 # Keys and values that a batch's documents may hold on a CPU, where more questions at once gain little time: a step is
 # bound by its products from some ten rows on.
 CPU_HELD_NUMBERS = 40 * 2**20
-# Rows of a step on a CPU, if no question has more by itself: nothing is gained by more, and all wait for its end.
-CPU_STEP_ROWS = 512
 
 
 class BartBackend:
@@ -82,7 +80,7 @@ class BartBackend:
         in_lanes = [decoding for decoding in running if isinstance(decoding, LaneDecoding)]
         others = [decoding for decoding in running if isinstance(decoding, TreeDecoding)]
         if self._bart.on_cpu:
-            others = _of_a_short_step(others)
+            others = _of_a_short_step(others, self._bart.cpu_rows)
         lanes = {decoding.lane for decoding in in_lanes}
         for lane in lanes:
             lane.step()
@@ -204,12 +202,12 @@ class BartBackend:
         )
 
 
-def _of_a_short_step(decodings: Sequence[TreeDecoding]) -> list[TreeDecoding]:
+def _of_a_short_step(decodings: Sequence[TreeDecoding], most: int) -> list[TreeDecoding]:
     """The first, and of the others as many as there is room for, those with few rows before those with many."""
     chosen, rows = list(decodings[:1]), sum(decoding.rows for decoding in decodings[:1])
     for decoding in sorted(decodings[1:], key=lambda decoding: decoding.rows):
         rows += decoding.rows
-        if rows > CPU_STEP_ROWS:
+        if rows > most:
             break
         chosen.append(decoding)
     return chosen

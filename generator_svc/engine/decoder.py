@@ -47,10 +47,17 @@ from generator_svc.engine.int8 import Int8Affine, states_dtype
 from generator_svc.engine.layers import Block, CrossAttention, Norm, Product, Products
 from generator_svc.engine.trials import ROWS
 
-# Documents that go through the encoder together, on a CPU: enough rows for the products to be at their fastest, few
-# enough that intermediate results stay in caches and in memory that malloc reuses rather than maps anew each time. A
-# batch of 4240 tokens took 2.63 s at once, 2.38 in groups of 1024, 2.52 in groups of 512 (BART-base, float32).
-CPU_PREFILL_TOKENS = 1024
+# What a CPU does at once, between which others have their turn: at most so much, and in a larger model less, down to a
+# quarter, so that it takes so many multiplications by weights.
+#
+# Tokens of documents: enough rows for the products to be at their fastest, few enough that intermediate results stay in
+# caches and in memory that malloc reuses rather than maps anew each time. A batch of 4240 took 2.63 s at once, 2.38 in
+# groups of 1024, 2.52 in groups of 512 (BART-base, float32).
+CPU_TOKENS = 1024
+# Rows of the decoder: a step is no faster a row with more; scoring would be by 3 %, with twice as many.
+CPU_ROWS = 512
+# What those are for BART-base, 0.2 s in float32 on two AVX-512 cores. BART-large takes 4 to 8 % longer so.
+CPU_MULTIPLICATIONS = 5e10
 ALIGNED_ROWS = 64
 POSITION_OFFSET = 2  # BartLearnedPositionalEmbedding keeps two rows that nobody uses
 
@@ -74,6 +81,10 @@ class Bart:
         self.dtype, self.device = model.dtype, model.device
         self.on_cpu = self.device.type == "cpu"
         """Where a launch costs nothing, and padding as much as text."""
+        to_sources = [getattr(m.encoder_attn, name) for m in decoder.layers for name in ("k_proj", "v_proj")]
+        of_sources = sum(map(_numbers, to_sources))
+        self._encoder_numbers = _numbers(encoder.layers) + of_sources
+        self._decoder_numbers = _numbers(decoder.layers) - of_sources + model.lm_head.weight.numel()
         # one table for all, unless the configuration unties them
         self.encoder_embed = encoder.embed_tokens.weight.data
         self.decoder_embed = decoder.embed_tokens.weight.data
@@ -121,6 +132,16 @@ class Bart:
             self.logits(x_RD)
 
     @property
+    def cpu_tokens(self) -> int:
+        """Of documents, that a CPU encodes at once."""
+        return _at_once(CPU_TOKENS, self._encoder_numbers)
+
+    @property
+    def cpu_rows(self) -> int:
+        """Of the decoder, that a CPU computes at once."""
+        return _at_once(CPU_ROWS, self._decoder_numbers)
+
+    @property
     def source_bytes(self) -> int:
         """What a document's cache takes for each token of its context: keys and values of every layer."""
         return int(len(self.decoder_layers) * 2 * self.decoder_embed.shape[1] * self.dtype.itemsize)
@@ -155,7 +176,7 @@ class Bart:
             made = [DocumentCache(group, slot, length) for slot, length in enumerate(lengths)]
             if self.on_cpu:
                 of_group = ordered[together]
-                parts += [(of_group[chunk], made[chunk]) for chunk in chunks(lengths, CPU_PREFILL_TOKENS)]
+                parts += [(of_group[chunk], made[chunk]) for chunk in chunks(lengths, self.cpu_tokens)]
             documents |= zip(order[together], made, strict=True)
         found = [documents[at] for at in range(len(contexts))]
         if not self.on_cpu and contexts:
@@ -260,3 +281,11 @@ class Bart:
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """(R, V), in the generator's dtype; of int8 float32."""
         return self._head(hidden_RD)[:, : self.vocab_size]
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _at_once(most: int, numbers: int) -> int:
+    return min(most, max(most // 4, int(CPU_MULTIPLICATIONS / numbers)))

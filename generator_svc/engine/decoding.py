@@ -20,8 +20,6 @@ from generator_svc.engine.heads import document_log_probs, log_probs_of, margina
 from generator_svc.engine.search import Result, RowSearch, Search
 from generator_svc.engine.trie import Trie
 
-# Nodes of tries in one pass, between which others decode: half of what is fastest (3 % slower), a pause half as long.
-SCORED_ROWS = 512
 # Rows of logits held at once while scoring: the products are fast from here on, and malloc uses such memory again,
 # where it maps more than 32 MiB anew each time (1024 rows: 441 ms, 546 with 256 rows at once).
 LOGITS_ROWS = 128
@@ -139,7 +137,7 @@ def step(bart: Bart, running: Sequence[TreeDecoding]) -> None:
 
 def scored_together(bart: Bart) -> int:
     """Nodes of tries in one pass."""
-    return SCORED_ROWS if bart.on_cpu else CUDA_SCORED_ROWS
+    return bart.cpu_rows if bart.on_cpu else CUDA_SCORED_ROWS
 
 
 @torch.inference_mode()

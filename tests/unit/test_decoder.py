@@ -306,6 +306,21 @@ def test_answers_of_many_lengths_in_bfloat16_hold_little() -> None:
     assert int(done.stdout) < 250
 
 
+@pytest.mark.parametrize(("share", "expected"), [(0.01, 0.25), (0.6, 0.6), (100, 1)])
+def test_a_larger_model_does_less_at_once_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, share: float, expected: float
+) -> None:
+    generator = tiny_model().generator
+    width, ffn, vocabulary = generator.config.d_model, generator.config.encoder_ffn_dim, generator.config.vocab_size
+    of_token = 4 * width**2 + 2 * width * ffn + 2 * width**2  # attention, feed-forward, keys and values for the decoder
+    of_row = 6 * width**2 + 2 * width * ffn + width * vocabulary
+    bart = Bart(generator)
+    monkeypatch.setattr("generator_svc.engine.decoder.CPU_MULTIPLICATIONS", share * 1024 * of_token)
+    assert bart.cpu_tokens == pytest.approx(expected * 1024, rel=0.05)
+    monkeypatch.setattr("generator_svc.engine.decoder.CPU_MULTIPLICATIONS", share * 512 * of_row)
+    assert bart.cpu_rows == pytest.approx(expected * 512, rel=0.05)
+
+
 def test_a_model_serves_one_engine_on_a_cpu() -> None:
     model = tiny_model()
     Bart(model.generator)

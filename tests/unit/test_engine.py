@@ -288,7 +288,7 @@ def test_neither_the_questions_nor_the_documents_that_run_together_change_an_ans
     scattered = engine.generate(*contexts, strategy=strategy, num_beams=num_beams, max_new_tokens=8)
     monkeypatch.setattr("generator_svc.engine.bart_backend.CPU_HELD_NUMBERS", 1)
     apart = engine.generate(*contexts, strategy=strategy, num_beams=num_beams, max_new_tokens=8)
-    monkeypatch.setattr("generator_svc.engine.decoding.SCORED_ROWS", 9)
+    monkeypatch.setattr("generator_svc.engine.decoder.CPU_ROWS", 9)
     in_pieces = engine.generate(*contexts, strategy=strategy, num_beams=num_beams, max_new_tokens=8)
     for other in (scattered, apart, in_pieces):
         assert other.sequences.tolist() == together.sequences.tolist()

@@ -103,8 +103,8 @@ def test_who_is_no_longer_wanted_is_dropped_before_the_next_step(engine: RagEngi
 @pytest.fixture
 def in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A document a part of encoding, a trie a part of scoring, a part a step, a question a time."""
-    monkeypatch.setattr("generator_svc.engine.decoder.CPU_PREFILL_TOKENS", 1)
-    monkeypatch.setattr("generator_svc.engine.decoding.SCORED_ROWS", 40)
+    monkeypatch.setattr("generator_svc.engine.decoder.CPU_TOKENS", 1)
+    monkeypatch.setattr("generator_svc.engine.decoder.CPU_ROWS", 44)
     monkeypatch.setattr("generator_svc.engine.bart_backend.CPU_HELD_NUMBERS", 1)
     monkeypatch.setattr("generator_svc.engine.scheduler.BETWEEN_STEPS_S", 0.0)
 
@@ -169,7 +169,7 @@ def test_who_is_no_longer_wanted_is_dropped_between_two_documents(engine: RagEng
 def test_questions_with_many_rows_take_turns_and_small_ones_move_at_every_step(
     engine: RagEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("generator_svc.engine.bart_backend.CPU_STEP_ROWS", 12)
+    monkeypatch.setattr("generator_svc.engine.decoder.CPU_ROWS", 12)
     tasks = [task(engine, question=at, n_docs=3, num_beams=3, new_tokens=7) for at in range(3)]
     callers, small = [Caller() for _ in tasks], Caller()
     scheduler = Scheduler(engine, max_tokens=100_000)
