@@ -56,7 +56,7 @@ from generator_svc.engine.trials import ROWS
 CPU_TOKENS = 1024
 # Rows of the decoder: a step is no faster a row with more; scoring would be by 3 %, with twice as many.
 CPU_ROWS = 512
-# What those are for BART-base, 0.2 s in float32 on two AVX-512 cores. BART-large takes 4 to 8 % longer so.
+# What those are for BART-base, 0.2 s in float32 on two AVX-512 cores. BART-large's parts take 4 to 8 % longer in all.
 CPU_MULTIPLICATIONS = 5e10
 ALIGNED_ROWS = 64
 POSITION_OFFSET = 2  # BartLearnedPositionalEmbedding keeps two rows that nobody uses
