@@ -43,10 +43,14 @@ def question_form(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
     Source: `RagRetriever.__call__` of transformers 4 and 5 (`models/rag/retrieval_rag.py`).
     """
     token_ids = tokenizer(question, truncation=True)["input_ids"]
-    text = str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return cleaned_up(str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)))
+
+
+def cleaned_up(decoded: str) -> str:
+    """What transformers 4 made of a decoded question: "paris ?" becomes "paris?"."""
     for spaced, joined in _CLEAN_UP:
-        text = text.replace(spaced, joined)
-    return text
+        decoded = decoded.replace(spaced, joined)
+    return decoded
 
 
 def context_text(
