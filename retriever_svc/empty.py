@@ -15,7 +15,7 @@ from retriever_svc import generation as gen
 from retriever_svc.build import Options, build_locked, collection_lock
 from retriever_svc.changes import FOLDER
 from retriever_svc.index import check_params_of_kind
-from retriever_svc.metadata import ARROW_TYPES, metadata_schema
+from retriever_svc.metadata import schema_of
 from retriever_svc.passages import passage_schema
 from retriever_svc.source import Source
 from shared.errors import Conflict, InvalidRequest
@@ -30,13 +30,9 @@ def check_new(asked: NewCollection) -> pa.Schema:
     """Its metadata columns. Raises: InvalidRequest: what cannot be made."""
     check_params_of_kind(asked.kind, asked.dimension, asked.search_params)
     try:
-        schema = metadata_schema(pa.schema([(name, ARROW_TYPES[kind]) for name, kind in asked.metadata.items()]))
+        return schema_of(asked.metadata)
     except InvalidRequest as error:
         raise InvalidRequest(error.message, param=f"metadata.{error.param}") from None
-    if left_out := set(asked.metadata) - set(schema.names):
-        name = min(left_out)
-        raise InvalidRequest(f"{name!r} is a passage's own field, or begins with `_`", param=f"metadata.{name}")
-    return schema
 
 
 def create_empty(collection: Path, asked: NewCollection) -> None:

@@ -5,7 +5,7 @@ timestamps, which are UTC, ``2026-01-31T12:00:00Z``. A float that is not a numbe
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, date, datetime
 from typing import Any, get_args
 
@@ -45,6 +45,8 @@ _LIMITS = {
     "timestamp": (pa.scalar(datetime.min, pa.timestamp("us")), pa.scalar(datetime.max, pa.timestamp("us"))),
 }
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
+_INTEGER = re.compile(r"[+-]?[0-9]{1,40}")
+_FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
 
 log = structlog.get_logger(__name__)
 
@@ -78,6 +80,33 @@ def metadata_schema(schema: pa.Schema) -> pa.Schema:
             raise InvalidRequest(f"{field.name!r} is there twice, but for upper and lower case", param=field.name)
         seen.add(field.name.lower())
     return pa.schema(fields)
+
+
+def schema_of(types: Mapping[str, MetadataType]) -> pa.Schema:
+    """Metadata columns of these types.
+
+    Raises: InvalidRequest: as :func:`metadata_schema`, or a name is a passage's own field or begins with ``_``.
+    """
+    schema = metadata_schema(pa.schema([(name, ARROW_TYPES[kind]) for name, kind in types.items()]))
+    for name in types:
+        if name not in schema.names:
+            raise InvalidRequest(f"{name!r} is a passage's own field, or begins with `_`", param=name)
+    return schema
+
+
+def of_table(schema: pa.Schema, wanted: pa.Schema | None, *, all_there: bool = True) -> pa.Schema:
+    """The metadata columns of a table: those `wanted`, in their types, or all that can be.
+
+    Raises: InvalidRequest: as :func:`metadata_schema`, or one that is wanted is not there, or of another type.
+    """
+    if wanted is None:
+        return metadata_schema(schema)
+    kept = wanted if all_there else pa.schema([field for field in wanted if field.name in schema.names])
+    for field in kept:
+        if schema.names.count(field.name) != 1:
+            raise InvalidRequest(f"there is no one column {field.name!r}; there are {schema.names}", param=field.name)
+        _check_type(field, schema.field(field.name).type)
+    return kept
 
 
 def types_of(schema: pa.Schema) -> dict[str, MetadataType]:
@@ -122,11 +151,15 @@ def from_arrow(table: pa.Table, schema: pa.Schema) -> pa.RecordBatch | None:
             columns.append(pa.nulls(len(table), field.type))
             continue
         column = table[field.name].combine_chunks()
-        kind, wanted = type_of(column.type), type_of(field.type)
-        if kind != wanted and not pa.types.is_null(column.type) and (kind, wanted) != ("integer", "float"):
-            raise InvalidRequest(f"{field.name}: expected {wanted}, got {column.type}", param=field.name)
+        _check_type(field, column.type)
         columns.append(clean_column(column, field.type, field.name))
     return pa.record_batch(columns, schema=schema) if columns else None
+
+
+def _check_type(field: pa.Field, found: pa.DataType) -> None:
+    kind, wanted = type_of(found), type_of(field.type)
+    if kind != wanted and not pa.types.is_null(found) and (kind, wanted) != ("integer", "float"):
+        raise InvalidRequest(f"{field.name}: expected {wanted}, got {found}", param=field.name)
 
 
 def from_json(rows: Sequence[dict[str, Any] | None], schema: pa.Schema) -> pa.RecordBatch | None:
@@ -142,17 +175,17 @@ def from_json(rows: Sequence[dict[str, Any] | None], schema: pa.Schema) -> pa.Re
                 there = ", ".join(f"{known} ({kind})" for known, kind in types.items()) or "none"
                 raise InvalidRequest(f"{where}: the collection has no such column; there are: {there}", param=where)
             if not _fits(value, types[name]):
-                raise InvalidRequest(f"{where}: expected {_EXPECTED[types[name]]} or null", param=where)
+                raise InvalidRequest(f"{where}: expected {EXPECTED[types[name]]} or null", param=where)
     if not types:
         return None
     columns = [
-        pa.array([_stored((row or {}).get(field.name), types[field.name]) for row in rows], field.type)
+        pa.array([stored((row or {}).get(field.name), types[field.name]) for row in rows], field.type)
         for field in schema
     ]
     return pa.record_batch(columns, schema=schema)
 
 
-_EXPECTED: dict[MetadataType, str] = {
+EXPECTED: dict[MetadataType, str] = {
     "string": "a string",
     "integer": "a 64-bit integer",
     "float": "a finite number",
@@ -164,14 +197,35 @@ _EXPECTED: dict[MetadataType, str] = {
 
 def _fits(value: object, kind: MetadataType) -> bool:
     try:
-        _stored(value, kind)
+        stored(value, kind)
     except (TypeError, ValueError, OverflowError):
         return False
     return True
 
 
-def _stored(value: Any, kind: MetadataType) -> Any:
-    """Raises: TypeError, ValueError, OverflowError."""
+def of_cell(text: str, kind: MetadataType) -> Any:
+    """What a cell of a text file says; an empty one is null.
+
+    Raises: TypeError, ValueError, OverflowError.
+    """
+    match kind:
+        case _ if not text:
+            return None
+        case "integer" if _INTEGER.fullmatch(text):
+            return stored(int(text), kind)
+        case "float" if _FLOAT.fullmatch(text):
+            return stored(float(text), kind)
+        case "float" if text.lower() == "nan":
+            return None
+        case "boolean" if text.lower() in {"true", "false"}:
+            return text.lower() == "true"
+        case "integer" | "float" | "boolean":
+            raise ValueError(kind)
+    return stored(text, kind)
+
+
+def stored(value: Any, kind: MetadataType) -> Any:
+    """What a value of JSON is stored as. Raises: TypeError, ValueError, OverflowError."""
     if value is None:
         return None
     if isinstance(value, bool) != (kind == "boolean") or isinstance(value, str) != (

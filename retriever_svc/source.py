@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retriever_svc.generation import file_sha256
-from retriever_svc.metadata import clean_column, metadata_schema
+from retriever_svc.metadata import clean_column, metadata_schema, of_table
 from retriever_svc.passages import EMBEDDING_TYPES, passage_schema
 from shared.errors import InvalidRequest
 from shared.retrieval import Float32Array, Int64Array
@@ -91,8 +91,16 @@ class Source:
                 yield clean
 
 
-def from_stream(reader: pa.RecordBatchReader, encoder: str | None = None) -> Source:
+def from_stream(
+    reader: pa.RecordBatchReader,
+    encoder: str | None = None,
+    metadata: pa.Schema | None = None,
+    *,
+    all_there: bool = True,
+) -> Source:
     """A source from an Arrow stream; ``encoder`` stands in where the schema metadata has none.
+
+    ``metadata`` are the columns that are kept beside, those that it has where not ``all_there``; None: all that can be.
 
     Raises: InvalidRequest: a column is missing or of another type, or the encoder is not named.
     """
@@ -103,19 +111,22 @@ def from_stream(reader: pa.RecordBatchReader, encoder: str | None = None) -> Sou
     for name, (fits, wanted) in COLUMNS.items():
         if not fits(schema.field(name).type):
             raise InvalidRequest(f"`{name}` must be {wanted}, it is {schema.field(name).type}", param=name)
-    metadata_schema(schema)  # refuses here what it refuses
-    metadata = schema.metadata or {}
-    named = metadata[b"encoder"].decode() if b"encoder" in metadata else encoder
+    kept = of_table(schema, metadata, all_there=all_there)
+    says = schema.metadata or {}
+    named = says[b"encoder"].decode() if b"encoder" in says else encoder
     if not named:
         raise InvalidRequest(
             "the source does not say which encoder made its embeddings: set `encoder` in its schema metadata",
             param="encoder",
         )
-    attribution = metadata.get(b"attribution")
+    attribution = says.get(b"attribution")
+    schema = pa.schema([*(schema.field(name) for name in COLUMNS), *kept])
     return Source(schema, reader, named, attribution=attribution.decode() if attribution else None)
 
 
-def from_parquet(path: Path, encoder: str | None = None) -> Source:
+def from_parquet(
+    path: Path, encoder: str | None = None, metadata: pa.Schema | None = None, *, all_there: bool = True
+) -> Source:
     """A source from a Parquet file, read in batches.
 
     Raises: InvalidRequest: not a readable Parquet file, or as :func:`from_stream`.
@@ -127,7 +138,9 @@ def from_parquet(path: Path, encoder: str | None = None) -> Source:
     except (OSError, pa.ArrowException) as error:
         raise InvalidRequest(f"{path} cannot be read as Parquet: {error}", param="source") from error
     sha256 = file_sha256(path)
-    return replace(from_stream(reader, encoder), count=count, sha256=sha256, identity=sha256)
+    return replace(
+        from_stream(reader, encoder, metadata, all_there=all_there), count=count, sha256=sha256, identity=sha256
+    )
 
 
 def parquet_file(path: Path) -> pq.ParquetFile:

@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from retriever_svc.formats.passages import PASSAGE_SCHEMA, UniqueIds, check_not_negative, parse_id, refusal
+from retriever_svc.formats.passages import UniqueIds, check_not_negative, parse_id, refusal, with_metadata
+from retriever_svc.metadata import clean_column
 from retriever_svc.source import BATCH_ROWS, parquet_file
+from shared.errors import InvalidRequest
 from shared.retrieval import Int64Array
 
 PARQUET, ARROW = ".parquet", ".arrow"
@@ -113,15 +115,15 @@ def in_order(paths: Iterator[Path]) -> list[Path]:
     return sorted(paths, key=lambda path: [(int(s), "") if s.isdigit() else (-1, s) for s in NUMBERS.split(path.name)])
 
 
-def passage_batches(table: ShardedTable) -> Iterator[pa.RecordBatch]:
-    """The passages of a table, numbered by row where it has no column ``id``; the schema is ``PASSAGE_SCHEMA``.
+def passage_batches(table: ShardedTable, metadata: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """The passages of a table with these columns beside, numbered by row where it has no column ``id``.
 
     Raises: InvalidRequest: names file, row and column.
     """
     unique = UniqueIds(table.path)
     row = 0
-    for part in table.parts(passage_columns(table)):
-        batch = passages_of(part, row)
+    for part in table.parts([*passage_columns(table), *metadata.names]):
+        batch = passages_of(part, row, metadata)
         unique.add(batch.column("id").to_numpy())
         row += len(batch)
         yield batch
@@ -149,8 +151,8 @@ def passage_columns(table: ShardedTable) -> list[str]:
     return ["id", "title", "text"]
 
 
-def passages_of(part: Part, row: int) -> pa.RecordBatch:
-    """The passages of a part in ``PASSAGE_SCHEMA``; ``row`` is the id of its first where it has no ids.
+def passages_of(part: Part, row: int, metadata: pa.Schema) -> pa.RecordBatch:
+    """The passages of a part with these columns beside; ``row`` is the id of its first where it has no ids.
 
     Raises: InvalidRequest: names file, row and column.
     """
@@ -164,7 +166,12 @@ def passages_of(part: Part, row: int) -> pa.RecordBatch:
             columns.append(part.batch.column(name).cast(pa.string()))
         except pa.ArrowException as error:
             raise refusal(part.path, f"`{name}` from row {part.first_row} on: {error}", name) from error
-    return pa.record_batch(columns, schema=PASSAGE_SCHEMA)
+    for field in metadata:
+        try:
+            columns.append(clean_column(part.batch.column(field.name), field.type, field.name))
+        except InvalidRequest as error:
+            raise refusal(part.path, f"{error.message}, from row {part.first_row} on", field.name) from error
+    return pa.record_batch(columns, schema=with_metadata(metadata))
 
 
 def check_no_nulls(part: Part, name: str) -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from retriever_svc.formats.passages import PASSAGE_SCHEMA, Row, batches_of_rows, parse_id, refusal, shown
 from retriever_svc.formats.texts import read_passages
 from retriever_svc.formats.unpickle import safe_load
+from retriever_svc.metadata import NO_METADATA
 from shared.retrieval import Int64Array
 
 
@@ -35,7 +36,7 @@ class PassagesById:
         if path.suffix == ".pkl":
             batches = batches_of_rows(path, _pickled(path, id_prefix, 0 if count_from_0 else 1))
         else:
-            batches = read_passages(path).batches
+            batches = read_passages(path, NO_METADATA).batches
         table = pa.Table.from_batches(batches, PASSAGE_SCHEMA)
         ids_N = table["id"].to_numpy()
         texts = table.select(["title", "text"]).cast(pa.schema({"title": pa.large_string(), "text": pa.large_string()}))
@@ -75,10 +76,10 @@ def _pickled(path: Path, id_prefix: str, first: int) -> Iterator[tuple[str, Row]
     if isinstance(loaded, dict):
         for key, entry in loaded.items():
             where = f"entry {shown(key)}"
-            yield where, (id_of(path, where, key, id_prefix), *_title_and_text(path, where, entry))
+            yield where, Row(id_of(path, where, key, id_prefix), *_title_and_text(path, where, entry))
     elif isinstance(loaded, list):
         for number, entry in enumerate(loaded, first):
-            yield f"entry {number}", (number, *_title_and_text(path, f"entry {number}", entry))
+            yield f"entry {number}", Row(number, *_title_and_text(path, f"entry {number}", entry))
     else:
         raise refusal(path, f"holds a {type(loaded).__name__}, not a dict of id: (text, title) or a list of them")
 

@@ -1,18 +1,25 @@
-"""Passages in JSONL: an object a line with the keys ``title``, ``text``, and ``id`` where there are ids."""
+"""Passages in JSONL: an object a line with the keys ``title``, ``text``, ``id`` where there are ids, and metadata."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
 
 from retriever_svc.formats.lines import read_lines
-from retriever_svc.formats.passages import Row, parse_id, refusal
+from retriever_svc.formats.passages import Row, parse_id, refusal, shown
+from retriever_svc.metadata import EXPECTED, stored, types_of
+from shared.schemas import MetadataType
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    """Rows of a JSONL file; blank lines are passed over.
+def read_jsonl(path: Path, metadata: pa.Schema, all_there: bool) -> Iterator[tuple[str, Row]]:
+    """Rows of a JSONL file, with null where a line has no value for a column; blank lines are passed over.
 
-    Raises: InvalidRequest: names line and key.
+    Raises: InvalidRequest: names line and key; with `all_there`, no line has the key of a column.
     """
+    types = types_of(metadata)
+    unmet = set(types) if all_there else set()
     for number, line in read_lines(path):
         if not line.strip():
             continue
@@ -23,7 +30,20 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
         if not isinstance(value, dict):
             raise refusal(path, f"line {number} holds a {type(value).__name__}, not an object with title and text")
         title, text = (_string(path, number, value, key) for key in ("title", "text"))
-        yield f"line {number}", (parse_id(path, f"line {number}", value["id"]) if "id" in value else None, title, text)
+        passage_id = parse_id(path, f"line {number}", value["id"]) if "id" in value else None
+        unmet -= value.keys()
+        kept = tuple(_metadata(path, number, value.get(name), name, kind) for name, kind in types.items())
+        yield f"line {number}", Row(passage_id, title, text, kept)
+    if unmet:
+        raise refusal(path, f"no line has the key `{min(unmet)}`", min(unmet))
+
+
+def _metadata(path: Path, number: int, value: object, name: str, kind: MetadataType) -> Any:
+    try:
+        return stored(value, kind)
+    except (TypeError, ValueError, OverflowError):
+        says = f"`{name}` is {shown(value)} in line {number}; expected is {EXPECTED[kind]} or null"
+        raise refusal(path, says, name) from None
 
 
 def _string(path: Path, number: int, row: dict[str, object], key: str) -> str:

@@ -13,8 +13,9 @@ from retriever_svc.formats.vectors import STORED_AS, check_vectors, fixed_size, 
 from retriever_svc.source import Source, files_identity, files_in
 
 
-def read_npy(vectors: Path, passages: Path, encoder: str) -> Source:
-    """A source from an array, mapped and not read into memory, and passages in any form of :func:`read_passages`.
+def read_npy(vectors: Path, passages: Path, encoder: str, metadata: pa.Schema | None = None) -> Source:
+    """A source from an array, mapped and not read into memory, and passages in any form of :func:`read_passages`, which
+    takes ``metadata``.
 
     Raises: InvalidRequest: the array is no (N, D) of floats; the counts differ, which may show at the end only; as
         :func:`~retriever_svc.formats.texts.read_passages`.
@@ -27,10 +28,10 @@ def read_npy(vectors: Path, passages: Path, encoder: str) -> Source:
         vectors_ND.close()
         raise refusal(vectors, "holds several arrays (.npz); one (N, D) in a .npy is expected", "embedding")
     check_vectors(vectors, "the array", vectors_ND)
-    texts = read_passages(passages)
+    texts = read_passages(passages, metadata)
     if texts.count is not None:
         _check_count(vectors, len(vectors_ND), passages, texts.count)
-    schema = source_schema(STORED_AS[pa.from_numpy_dtype(vectors_ND.dtype)], vectors_ND.shape[1])
+    schema = source_schema(STORED_AS[pa.from_numpy_dtype(vectors_ND.dtype)], vectors_ND.shape[1], texts.metadata)
     joined = Rereadable(lambda: _join(vectors, vectors_ND, passages, texts))
     identity = files_identity(vectors, *files_in(passages))
     return Source(schema, joined, encoder, len(vectors_ND), identity=identity)

@@ -7,10 +7,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from retriever_svc.metadata import NO_METADATA
 from retriever_svc.source import BATCH_ROWS, first_repeated
 from shared.errors import InvalidRequest
 from shared.retrieval import Int64Array
@@ -26,8 +28,14 @@ BATCH_CHARACTERS = 64 * 2**20  # a string column of Arrow addresses 2 GB: a batc
 LARGEST_ID = 2**63 - 1
 INTEGER = re.compile(r"-?[0-9]{1,40}")
 
-Row = tuple[int | None, str, str]
-"""Id where there is one, title, text."""
+
+class Row(NamedTuple):
+    """``metadata``: a value for each column that is kept."""
+
+    id: int | None
+    title: str
+    text: str
+    metadata: tuple[Any, ...] = ()
 
 
 class Rereadable:
@@ -42,11 +50,18 @@ class Rereadable:
 
 @dataclass(frozen=True)
 class Passages:
-    """``batches`` have :data:`PASSAGE_SCHEMA`; ``count`` is the number of rows where it is known before reading."""
+    """``batches`` have the columns of :data:`PASSAGE_SCHEMA` and then those of ``metadata``; ``count`` is the number of
+    rows where it is known before reading."""
 
     batches: Iterable[pa.RecordBatch]
     format: str
     count: int | None = None
+    metadata: pa.Schema = NO_METADATA
+
+
+def with_metadata(metadata: pa.Schema) -> pa.Schema:
+    """The schema of passages with these columns."""
+    return pa.schema([*PASSAGE_SCHEMA, *metadata])
 
 
 class UniqueIds:
@@ -107,43 +122,48 @@ def check_not_negative(path: Path, ids_B: Int64Array, first_row: int) -> None:
 
 
 class RowBatches:
-    """Gathers rows into batches of ``PASSAGE_SCHEMA``."""
+    """Gathers rows into batches of a schema of :func:`with_metadata`."""
 
-    def __init__(self) -> None:
-        self._rows: tuple[list[int], list[str], list[str]] = ([], [], [])
+    def __init__(self, schema: pa.Schema = PASSAGE_SCHEMA) -> None:
+        self._schema = schema
+        self._rows: list[tuple[Any, ...]] = []
         self._characters = 0
 
-    def add(self, passage_id: int, title: str, text: str) -> pa.RecordBatch | None:
+    def add(self, passage_id: int, title: str, text: str, metadata: tuple[Any, ...] = ()) -> pa.RecordBatch | None:
         """The batch that is full with this row, if one is."""
-        for column, value in zip(self._rows, (passage_id, title, text), strict=True):
-            column.append(value)  # type: ignore[attr-defined]
+        self._rows.append((passage_id, title, text, *metadata))
         self._characters += len(title) + len(text)
-        full = len(self._rows[0]) >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS
+        full = len(self._rows) >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS
         return self.rest() if full else None
 
     def rest(self) -> pa.RecordBatch | None:
         """The rows gathered since the last batch, if there are any."""
-        if not self._rows[0]:
+        if not self._rows:
             return None
-        batch = pa.record_batch([pa.array(column) for column in self._rows], schema=PASSAGE_SCHEMA)
-        self._rows, self._characters = ([], [], []), 0
-        return batch
+        columns = [
+            pa.array(values, field.type)
+            for values, field in zip(zip(*self._rows, strict=True), self._schema, strict=True)
+        ]
+        self._rows, self._characters = [], 0
+        return pa.record_batch(columns, schema=self._schema)
 
 
-def batches_of_rows(path: Path, rows: Iterable[tuple[str, Row]]) -> Iterator[pa.RecordBatch]:
+def batches_of_rows(
+    path: Path, rows: Iterable[tuple[str, Row]], metadata: pa.Schema = NO_METADATA
+) -> Iterator[pa.RecordBatch]:
     """Rows gathered into batches, numbered from 0 where they have no ids.
 
     ``rows`` are pairs of where a row stands ("line 3") and the row.
     Raises: InvalidRequest: an id stands twice, or only some rows have one.
     """
-    unique, gathered = UniqueIds(path), RowBatches()
+    unique, gathered = UniqueIds(path), RowBatches(with_metadata(metadata))
     given: bool | None = None
-    for row, (where, (passage_id, title, text)) in enumerate(rows):
-        given = passage_id is not None if given is None else given
-        if given != (passage_id is not None):
+    for row, (where, found) in enumerate(rows):
+        given = found.id is not None if given is None else given
+        if given != (found.id is not None):
             says = f"{where} has {'no' if given else 'an'} `id`, unlike the rows before it: give all rows one, or none"
             raise refusal(path, says, "id")
-        if full := gathered.add(row if passage_id is None else passage_id, title, text):
+        if full := gathered.add(row if found.id is None else found.id, *found[1:]):
             unique.add(full.column("id").to_numpy())
             yield full
     if last := gathered.rest():

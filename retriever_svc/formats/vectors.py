@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retriever_svc.formats.arrow_files import Part, ShardedTable, check_no_nulls
-from retriever_svc.formats.passages import PASSAGE_SCHEMA, refusal
+from retriever_svc.formats.passages import refusal, with_metadata
+from retriever_svc.metadata import NO_METADATA
 
 EMBEDDINGS = "embeddings"
 STORED_AS = {
@@ -21,14 +22,14 @@ STORED_AS = {
 }
 
 
-def source_schema(kind: pa.DataType, dimension: int) -> pa.Schema:
+def source_schema(kind: pa.DataType, dimension: int, metadata: pa.Schema = NO_METADATA) -> pa.Schema:
     """The passages' schema with the column ``embedding``: fixed_size_list<kind>[dimension]."""
-    return PASSAGE_SCHEMA.append(pa.field("embedding", pa.list_(kind, dimension), nullable=False))
+    return with_metadata(metadata).append(pa.field("embedding", pa.list_(kind, dimension), nullable=False))
 
 
 def with_embeddings(passages: pa.RecordBatch, embeddings: pa.Array) -> pa.RecordBatch:
     """Both side by side, as a batch of a source."""
-    schema = PASSAGE_SCHEMA.append(pa.field("embedding", embeddings.type, nullable=False))
+    schema = passages.schema.append(pa.field("embedding", embeddings.type, nullable=False))
     return pa.record_batch([*passages.columns, embeddings], schema=schema)
 
 

@@ -4,11 +4,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from services.cli.options import DEFAULT_RETRIEVER_URL, ApiKey, AsJson, RetrieverUrl, connect, print_json, tell
+from shared.schemas import MetadataType
 
 app = typer.Typer(
     help="Build, import, examine and copy collections in the retriever's data folder.",
@@ -31,6 +32,13 @@ Fingerprint = Annotated[
 SearchParams = Annotated[
     str | None, typer.Option("--search-params", help='JSON, as {"nprobe": 64}; what the kind leaves open otherwise.')
 ]
+Metadata = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metadata",
+        help="A column for filters, as `year=integer`; string, integer, float, boolean, date, timestamp. Repeatable.",
+    ),
+]
 COLLECTIONS = "collections"
 
 
@@ -52,6 +60,7 @@ def build(
     split: Annotated[
         int | None, typer.Option(min=1, help="Split texts into passages of so many words; the paper's: 100.")
     ] = None,
+    metadata: Metadata = None,
     dtype: Annotated[str, typer.Option(help="float16 or float32, of the stored embeddings.")] = "float16",
     processes: Annotated[int, typer.Option(min=1, help="Processes that embed side by side.")] = 1,
     device: Annotated[str, typer.Option(help="Where to embed: auto, cpu, cuda.")] = "auto",
@@ -63,11 +72,15 @@ def build(
     embedded by `--encoder`, piece by piece. A run that was killed goes on where it was when called again: embedding,
     storing and indexing.
 
+    Other columns of tables (Parquet, Arrow, `datasets`) are metadata for filters, or those of them that `--metadata`
+    names. TSV, CSV and JSONL say no types: name what to keep.
+
     **Examples**
 
     - `rag index build psgs_w100.tsv --encoder facebook/dpr-ctx_encoder-multiset-base --checkpoint
       facebook/rag-token-nq --kind hnsw`
-    - `rag index build articles.jsonl --split 100 --encoder ./context_encoder --checkpoint ./checkpoint --name news`
+    - `rag index build articles.jsonl --split 100 --metadata year=integer --encoder ./context_encoder --checkpoint
+      ./checkpoint --name news`
     """
     import shutil
 
@@ -83,12 +96,14 @@ def build(
     from shared.errors import InvalidRequest
 
     folder = _collection(data_dir, name)
+    kept = _metadata_of(metadata)
     options = _options(kind, search_params)
     if dtype not in ("float16", "float32"):
         raise InvalidRequest(f"dtype is {dtype!r}; float16 and float32 are taken", param="dtype")
     if has_embeddings(passages):
         with BuildProgress() as board:
-            made = build_collection(folder, from_parquet(passages, fingerprint), options=options, progress=board.show)
+            source = from_parquet(passages, fingerprint, kept)
+            made = build_collection(folder, source, options=options, progress=board.show)
     else:
         if encoder is None:
             raise InvalidRequest(f"{passages} holds no embeddings: name the passage encoder in --encoder")
@@ -98,7 +113,7 @@ def build(
         how = EncoderOptions(encoder, device=None if device == "auto" else device)
         with EmbeddingProgress() as embedding:
             embed_corpus(
-                corpus_of(passages, split),
+                corpus_of(passages, split, kept),
                 how,
                 work,
                 workers=processes,
@@ -125,6 +140,7 @@ def import_(
     data_dir: DataDir = Path("data"),
     kind: Kind = "flat",
     search_params: SearchParams = None,
+    metadata: Metadata = None,
     quantized: Annotated[bool, typer.Option(help="DPR: take vectors that its index keeps as 8-bit codes.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -133,6 +149,7 @@ def import_(
     A data set that `datasets` saved (transformers' `index_name="custom"`), wiki_dpr's Parquet or Arrow files, the
     original DPR's `.index.dpr`, `.index_meta.dpr`, `.pkl` and `psgs_w100` files, or a `.npy` beside `--passages`.
     Pickles are read without running anything that they name. A run that was killed goes on when called again.
+    Other columns are metadata as in `rag index build`; DPR's files have none.
 
     **Example**
 
@@ -146,15 +163,18 @@ def import_(
     from services.indexing.progress import BuildProgress
 
     folder = _collection(data_dir, name)
+    kept = _metadata_of(metadata)
     space = fingerprint or _space_of(checkpoint)
     if path.suffix == ".npy":
         if passages is None:
             raise typer.BadParameter("a .npy needs the passages of its rows", param_hint="--passages")
-        imported = Imported(read_npy(path, passages, space))
+        imported = Imported(read_npy(path, passages, space, kept))
     elif _is_dpr(path):
+        if metadata:
+            raise typer.BadParameter("DPR's files have none", param_hint="--metadata")
         imported = read_dpr(find_dpr_files(path), space, quantized=quantized)
     else:
-        imported = read_embedded(path, space, index)
+        imported = read_embedded(path, space, index, kept)
     options = _options(kind, search_params, imported.faiss_file)
     with BuildProgress() as board:
         made = build_collection(folder, imported.source, options=options, progress=board.show)
@@ -177,6 +197,8 @@ def add(
 ) -> None:
     """Store passages in a collection that serves: each batch is found as soon as it is acknowledged.
 
+    Of other columns those are stored that the collection has.
+
     **Examples**
 
     - `rag index add more.jsonl --encoder ./context_encoder --split 100`
@@ -184,11 +206,13 @@ def add(
     """
     import pyarrow as pa
 
+    from retriever_svc.metadata import schema_of
     from services.indexing.batches import embedded_batches
 
     written = gone = 0
     with connect(retriever_url, api_key, retriever_url) as client, _bar("adding") as show:
-        for batch in embedded_batches(passages, encoder, split):
+        kept = schema_of(client.collection(name).metadata)
+        for batch in embedded_batches(passages, encoder, split, kept):
             sent = pa.record_batch({n: batch.column(n) for n in batch.schema.names if n != "id" or not new_ids})
             gone += client.upsert(sent, collection=name).gone
             written += len(batch)
@@ -226,10 +250,7 @@ def create(
     fingerprint: Fingerprint = None,
     kind: Kind = "flat",
     dtype: Annotated[str, typer.Option(help="float16 or float32, of the stored embeddings.")] = "float16",
-    metadata: Annotated[
-        list[str] | None,
-        typer.Option(help="A column as `year=integer`; string, integer, float, boolean, date, timestamp. Repeatable."),
-    ] = None,
+    metadata: Metadata = None,
     search_params: SearchParams = None,
     retriever_url: RetrieverUrl = DEFAULT_RETRIEVER_URL,
     api_key: ApiKey = None,
@@ -241,13 +262,7 @@ def create(
 
     - `rag index create news --dimension 768 --checkpoint facebook/rag-token-nq --kind hnsw --metadata year=integer`
     """
-    columns: dict[str, Any] = {}
-    for column in metadata or []:
-        title, separator, type_ = column.rpartition("=")
-        if not separator:
-            raise typer.BadParameter(f"{column!r} is not of the form name=type", param_hint="--metadata")
-        columns[title] = type_
-    options: dict[str, Any] = {"kind": kind, "dtype": dtype, "metadata": columns}
+    options: dict[str, Any] = {"kind": kind, "dtype": dtype, "metadata": _columns(metadata)}
     if (params := _params(search_params)) is not None:
         options["search_params"] = params
     with connect(retriever_url, api_key, retriever_url) as client:
@@ -471,6 +486,29 @@ def _options(kind: str, search_params: str | None, index_file: Path | None = Non
     from retriever_svc.build import Options
 
     return Options(kind=kind, search_params=_params(search_params), index_file=index_file)
+
+
+def _columns(given: list[str] | None) -> dict[str, Any]:
+    """Type by name, of `--metadata`."""
+    columns: dict[str, Any] = {}
+    for column in given or []:
+        title, separator, type_ = column.rpartition("=")
+        if not separator:
+            raise typer.BadParameter(f"{column!r} is not of the form name=type", param_hint="--metadata")
+        if type_ not in get_args(MetadataType):
+            known = ", ".join(get_args(MetadataType))
+            raise typer.BadParameter(
+                f"{column!r}: there is no type {type_!r}; there are {known}", param_hint="--metadata"
+            )
+        columns[title] = type_
+    return columns
+
+
+def _metadata_of(given: list[str] | None) -> Any:
+    """The columns as a schema; None where none are named."""
+    from retriever_svc.metadata import schema_of
+
+    return None if given is None else schema_of(_columns(given))
 
 
 def _params(said: str | None) -> Any:

@@ -156,6 +156,10 @@ def collections() -> Call[list[CollectionInfo]]:
     return Call("retriever", "GET", "/v1/collections", lambda r: _model(CollectionList)(r).collections)
 
 
+def collection(name: str) -> Call[CollectionInfo]:
+    return Call("retriever", "GET", f"/v1/collections/{name}", _model(CollectionInfo))
+
+
 def info(service: Service) -> Call[ServiceInfo]:
     return Call(service, "GET", "/info", _model(ServiceInfo))
 

@@ -170,6 +170,10 @@ class RagClient(_Client):
         """What the retriever serves."""
         return self._send(calls.collections())
 
+    def collection(self, name: str = "default") -> CollectionInfo:
+        """What it serves under a name or an alias."""
+        return self._send(calls.collection(name))
+
     def info(self, service: Service = "generator") -> ServiceInfo:
         """Versions, device, model or collections, limits."""
         return self._send(calls.info(service))
@@ -275,6 +279,9 @@ class AsyncRagClient(_Client):
 
     async def collections(self) -> list[CollectionInfo]:
         return await self._send(calls.collections())
+
+    async def collection(self, name: str = "default") -> CollectionInfo:
+        return await self._send(calls.collection(name))
 
     async def info(self, service: Service = "generator") -> ServiceInfo:
         return await self._send(calls.info(service))

@@ -1,6 +1,6 @@
 """Passages of files in any form that is read, to be embedded, or in batches with embeddings."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 
 from retriever_svc.formats.split import split_words
 from retriever_svc.formats.texts import read_passages
+from retriever_svc.metadata import NO_METADATA
 from retriever_svc.source import files_identity, files_in, from_parquet
 from services.indexing.corpus import Corpus
 from services.indexing.options import EncoderOptions
@@ -25,25 +26,29 @@ def has_embeddings(path: Path) -> bool:
         return False
 
 
-def corpus_of(path: Path, words: int | None = None) -> Corpus:
-    """The passages of a file or folder, split into ``words`` where that is given.
+def corpus_of(path: Path, words: int | None = None, metadata: pa.Schema | None = None) -> Corpus:
+    """The passages of a file or folder, split into ``words`` where given, with ``metadata`` as `read_passages` has it.
 
-    Raises: InvalidRequest: it is of no form that is read.
+    Raises: InvalidRequest: it is of no form that is read, or a column cannot be metadata.
     """
-    passages = read_passages(path).batches
-    whole = f"{files_identity(*files_in(path))} whole"
-    if words is None:
-        return Corpus(lambda: passages, whole)
-    return Corpus(lambda: split_words(passages, words), whole.replace("whole", f"split into {words} words"))
+    passages = read_passages(path, metadata)
+    identity = f"{files_identity(*files_in(path))} {'whole' if words is None else f'split into {words} words'}"
+
+    def batches() -> Iterable[pa.RecordBatch]:
+        return passages.batches if words is None else split_words(passages.batches, words)
+
+    return Corpus(batches, identity, passages.metadata)
 
 
-def embedded_batches(path: Path, encoder: str | None, words: int | None = None) -> Iterator[pa.RecordBatch]:
-    """Batches of id, title, text, embedding, of at most ``ROWS``.
+def embedded_batches(
+    path: Path, encoder: str | None, words: int | None = None, metadata: pa.Schema = NO_METADATA
+) -> Iterator[pa.RecordBatch]:
+    """Batches of id, title, text, embedding and those of ``metadata`` that the file has, of at most ``ROWS``.
 
     Raises: InvalidRequest: the file cannot be read, or holds no embeddings and no ``encoder`` is named.
     """
     if has_embeddings(path):
-        for batch in from_parquet(path, "unknown").clean_batches():
+        for batch in from_parquet(path, "unknown", metadata, all_there=False).clean_batches():
             yield from _cut(batch)
         return
     if encoder is None:
@@ -51,7 +56,7 @@ def embedded_batches(path: Path, encoder: str | None, words: int | None = None) 
     from services.indexing.encoder import PassageEncoder  # noqa: PLC0415  torch takes a moment
 
     model = PassageEncoder(EncoderOptions(encoder))
-    found = read_passages(path).batches
+    found = read_passages(path, metadata, all_there=False).batches
     for batch in found if words is None else split_words(found, words):
         for part in _cut(batch):
             embeddings = model.encode(part["title"].to_pylist(), part["text"].to_pylist())

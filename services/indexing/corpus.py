@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from retriever_svc.metadata import NO_METADATA, clean_column
 from retriever_svc.source import files_identity, first_repeated, parquet_file
 from services.indexing.plan import Plan
-from services.indexing.shards import PASSAGE_SCHEMA
+from services.indexing.shards import PASSAGE_SCHEMA, passage_schema
 from shared.errors import InvalidRequest
 
 BATCH_ROWS = 4096
@@ -18,15 +19,16 @@ BATCH_ROWS = 4096
 @dataclass(frozen=True)
 class Corpus:
     """``open_batches`` gives the passages anew each time it is called, in the same order: id (any integer type, not
-    negative, unique), title and text, none null; other columns are ignored. ``identity`` is another one wherever the
-    passages are others, a digest of the files they come from, for example.
+    negative, unique), title and text, none null, and the columns of ``metadata``; others are ignored. ``identity`` is
+    another one wherever the passages are others, a digest of the files they come from, for example.
     """
 
     open_batches: Callable[[], Iterable[pa.RecordBatch]]
     identity: str
+    metadata: pa.Schema = NO_METADATA
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The passages with the columns and types of `PASSAGE_SCHEMA`.
+        """The passages with the columns and types of :func:`~services.indexing.shards.passage_schema`.
 
         Raises:
             InvalidRequest: names the column at fault and the row.
@@ -34,8 +36,9 @@ class Corpus:
         row = 0
         for batch in self._readable():
             columns = [_column(batch, field, row) for field in PASSAGE_SCHEMA]
+            columns += [clean_column(batch.column(one.name), one.type, one.name) for one in self.metadata]
             row += len(batch)
-            yield pa.record_batch(columns, schema=PASSAGE_SCHEMA)
+            yield pa.record_batch(columns, schema=passage_schema(self.metadata))
 
     def check(self) -> int:
         """Read everything once, so that a fault in the last row shows now and not after hours of embedding.

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from retriever_svc.metadata import types_of
 from services.indexing.corpus import Corpus, passages_of
 from services.indexing.options import EmbeddingDtype, EncoderOptions, EncoderRecipe
 from services.indexing.plan import Plan, check_same, clear_partial, read_plan, work_folder, write_plan
@@ -55,12 +56,20 @@ def embed_corpus(
 
 
 def _settle_plan(folder: Path, corpus: Corpus, encoder: EncoderRecipe, dtype: EmbeddingDtype, shard_rows: int) -> Plan:
-    found = read_plan(folder)
+    found, metadata = read_plan(folder), types_of(corpus.metadata)
     if found is not None:
-        check_same(folder, found, corpus=corpus.identity, encoder=encoder, dtype=dtype, shard_rows=shard_rows)
+        given = {"corpus": corpus.identity, "dtype": dtype, "shard_rows": shard_rows, "metadata": metadata}
+        check_same(folder, found, encoder=encoder, **given)
         return found
     if any(folder.glob("shard-*.arrow")):
         raise StartupError(f"{folder} has shards but no plan that tells what they hold: choose another folder")
-    plan = Plan(corpus=corpus.identity, count=corpus.check(), encoder=encoder, dtype=dtype, shard_rows=shard_rows)
+    plan = Plan(
+        corpus=corpus.identity,
+        count=corpus.check(),
+        encoder=encoder,
+        dtype=dtype,
+        shard_rows=shard_rows,
+        metadata=metadata,
+    )
     write_plan(folder, plan)
     return plan

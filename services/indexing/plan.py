@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from retriever_svc.generation import flush
 from services.indexing.options import EmbeddingDtype, EncoderRecipe
 from shared.errors import StartupError
+from shared.schemas import MetadataType
 
 PLAN = "plan.json"
 LOCK = ".lock"
@@ -30,6 +31,7 @@ class Plan(BaseModel):
     encoder: EncoderRecipe
     dtype: EmbeddingDtype
     shard_rows: PositiveInt
+    metadata: dict[str, MetadataType] = {}
 
     @property
     def digest(self) -> str:
@@ -70,13 +72,13 @@ def write_plan(folder: Path, plan: Plan) -> None:
     flush(folder)
 
 
-def check_same(folder: Path, found: Plan, *, corpus: str, encoder: EncoderRecipe, dtype: str, shard_rows: int) -> None:
+def check_same(folder: Path, found: Plan, *, encoder: EncoderRecipe, **asked: object) -> None:
     """Refuse to mix.
 
     Raises: StartupError: the plan found in `folder` is for something else than what is asked for.
     """
-    asked = {"corpus": corpus, "dtype": dtype, "shard_rows": shard_rows, **_flat(encoder)}
-    there = {"corpus": found.corpus, "dtype": found.dtype, "shard_rows": found.shard_rows, **_flat(found.encoder)}
+    there = {name: getattr(found, name) for name in asked} | _flat(found.encoder)
+    asked |= _flat(encoder)
     others = [f"{name} {there[name]}, not {asked[name]}" for name in asked if there[name] != asked[name]]
     if others:
         raise StartupError(

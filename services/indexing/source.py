@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from retriever_svc.metadata import schema_of
 from retriever_svc.passages import passage_schema
 from retriever_svc.source import Source
 from services.indexing.plan import Plan, read_plan
@@ -29,7 +30,7 @@ def shards_source(folder: Path, encoder_fingerprint: str, *, attribution: str | 
             f"{len(missing)} of {len(plan.shards)} shards are missing in {folder}: run the embedding again to finish it"
         )
     return Source(
-        schema=passage_schema(plan.encoder.dimension, plan.dtype),
+        schema=passage_schema(plan.encoder.dimension, plan.dtype, schema_of(plan.metadata)),
         batches=_Batches(folder, plan),
         encoder=encoder_fingerprint,
         count=plan.count,

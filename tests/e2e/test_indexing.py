@@ -121,6 +121,29 @@ def test_a_collection_that_serves_grows_and_shrinks(
     assert "20 passages stored, 20 of them in place of others" in rag("add", subset, *address)
 
 
+def test_columns_of_a_text_file_that_are_named_are_there_to_filter_by(
+    service: RetrieverProcess, data: Path, tmp_path: Path
+) -> None:
+    def articles(name: str, years: range) -> Path:
+        rows = [{"title": f"T{year}", "text": "all about it " * 9, "year": year, "lang": "en"} for year in years]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+
+    encoder = ["--encoder", CONTEXT_ENCODER, "--split", 20]
+    first, more = articles("first.jsonl", range(1990, 1995)), articles("more.jsonl", range(1995, 1998))
+    build = ["build", first, *encoder, "--checkpoint", CHECKPOINT, "--name", "dated", "--data-dir", data]
+    assert "there is no type 'int'" in rag(*build, "--metadata", "year=int", ok=False)
+    assert "no line has the key `yeer`" in rag(*build, "--metadata", "yeer=integer", ok=False)
+    rag(*build, "--metadata", "year=integer")
+    rag("reload", "dated", "--retriever-url", service.url)
+    rag("add", more, *encoder, "--new-ids", "--name", "dated", "--retriever-url", service.url)
+    assert httpx.get(f"{service.url}/v1/collections/dated").json()["metadata"] == {"year": "integer"}
+    asked = {"vectors": [[0.1] * 128], "collection": "dated", "n_docs": 20, "filter": "year >= 1994 AND year < 1997"}
+    (docs,) = httpx.post(f"{service.url}/v1/retrieve", json=asked).json()["docs"]
+    assert sorted(doc["title"] for doc in docs) == ["T1994", "T1994", "T1995", "T1995", "T1996", "T1996"]
+    assert all(doc["metadata"] == {"year": int(doc["title"][1:])} for doc in docs)
+
+
 def test_what_is_built_while_it_serves_is_served_after_reload(service: RetrieverProcess, data: Path) -> None:
     rag("build", PASSAGES, "--name", "demo", "--kind", "ivf-pq", "--data-dir", data)
     assert httpx.get(f"{service.url}/v1/collections/demo").status_code == 404

@@ -294,6 +294,7 @@ async def test_the_async_client_does_the_same(url: str) -> None:
     async with AsyncRagClient(retriever_url=url) as client:
         made = await client.create_collection("news", dimension=D, encoder=ENCODER)
         assert await client.collections() == [made]
+        assert await client.collection(made.name) == made
         await client.drop_collection("news", remove_aliases=True)
         assert await client.collections() == []
 
@@ -315,7 +316,7 @@ def test_the_command_line_makes_and_removes_one(url: str, capsys: pytest.Capture
         (info,) = client.collections()
         assert (info.metadata, info.search_params.nprobe) == ({"year": "integer", "lang": "string"}, 9)
         assert "there is a collection `news`" in rag(capsys, *new)
-        assert "metadata.year" in rag(capsys, *new[:1], "other", *new[2:], "--metadata", "year=number")
+        assert "year=number" in rag(capsys, *new[:1], "other", *new[2:], "--metadata", "year=number")
         assert "name=type" in rag(capsys, *new, "--metadata", "year")
         httpx.put(f"{url}/v1/aliases/live", json={"collection": "news"})
         assert "`live` stands for `news`" in rag(capsys, "drop", "news", "--yes", *service)

@@ -34,6 +34,7 @@ from transformers import (
 
 from retriever_svc.build import build_collection
 from retriever_svc.collection import Collection
+from retriever_svc.metadata import types_of
 from services.demo.build import CONTEXT_ENCODER, PASSAGES
 from services.indexing.corpus import Corpus, files_identity, parquet_corpus
 from services.indexing.embed import embed_corpus
@@ -44,6 +45,7 @@ from services.indexing.progress import EmbeddingProgress
 from services.indexing.shards import shard_path
 from services.indexing.source import shards_source
 from shared.errors import InferenceError, InvalidRequest, StartupError
+from tests.filters_data import METADATA, metadata_columns, random_metadata
 from tests.published_form import publish_context_encoder
 from tests.retriever_data import ENCODER
 from tests.tiny_context_encoder import (
@@ -359,6 +361,24 @@ class TestWorkers:
         assert batches.drop_columns("embedding").to_pydict() == passages(COUNT).to_pydict()
         vectors = batches["embedding"].combine_chunks().flatten().to_numpy().reshape(COUNT, DIMENSION)
         np.testing.assert_allclose(vectors, one_at_a_time(folder, passages(COUNT)), atol=1e-5)
+
+    @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+    def test_metadata_goes_with_its_passage(self, embed: Callable[..., Any], tmp_path: Path, workers: int) -> None:
+        metadata = metadata_columns(random_metadata(COUNT, 3))
+        table = pa.table({**dict(zip(passages(1).column_names, passages(COUNT).columns, strict=True)), **metadata})
+        corpus = replace(corpus_of(table), metadata=METADATA)
+        plan = embed(corpus=corpus, workers=workers)
+        assert plan.metadata == types_of(METADATA)
+        embed(corpus=corpus)  # goes on with what is finished
+        with pytest.raises(StartupError, match=r"metadata \{'year'.*\}, not \{\}"):
+            embed(corpus=corpus_of(table))
+        source = shards_source(tmp_path / "work", ENCODER)
+        assert source.metadata == METADATA
+        found = pa.Table.from_batches(list(source.clean_batches()))
+        expected = {name: column.cast(METADATA.field(name).type) for name, column in metadata.items()}
+        assert (
+            found.select(["id", *METADATA.names]).to_pydict() == pa.table({"id": table["id"], **expected}).to_pydict()
+        )
 
     @pytest.mark.slow
     def test_a_dead_worker_fails_the_run_and_leaves_no_process(self, embed: Callable[..., Any], tmp_path: Path) -> None:
