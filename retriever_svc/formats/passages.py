@@ -132,7 +132,7 @@ class RowBatches:
     def add(self, passage_id: int, title: str, text: str, metadata: tuple[Any, ...] = ()) -> pa.RecordBatch | None:
         """The batch that is full with this row, if one is."""
         self._rows.append((passage_id, title, text, *metadata))
-        self._characters += len(title) + len(text)
+        self._characters += sum(len(value) for value in (title, text, *metadata) if isinstance(value, str))
         full = len(self._rows) >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS
         return self.rest() if full else None
 

@@ -211,6 +211,14 @@ def test_a_value_that_does_not_fit_is_named_with_its_file(tmp_path: Path) -> Non
         list(read_passages(path).batches)
 
 
+def test_long_metadata_makes_batches_of_fewer_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("retriever_svc.formats.passages.BATCH_CHARACTERS", 20)
+    rows = [{"title": "t", "text": "x", "year": year, "lang": "l" * 7} for year in range(5)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    batches = list(read_passages(tmp_path / "a.jsonl", schema_of({"year": "integer", "lang": "string"})).batches)
+    assert [len(batch) for batch in batches] == [3, 2]
+
+
 @pytest.mark.parametrize("name", ["id", "title", "_row"])
 def test_a_passages_own_columns_are_no_metadata(name: str) -> None:
     with pytest.raises(InvalidRequest, match="passage's own field"):
