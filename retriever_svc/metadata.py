@@ -100,7 +100,11 @@ def of_table(schema: pa.Schema, wanted: pa.Schema | None, *, all_there: bool = T
     Raises: InvalidRequest: as :func:`metadata_schema`, or one that is wanted is not there, or of another type.
     """
     if wanted is None:
-        return metadata_schema(schema)
+        try:
+            return metadata_schema(schema)
+        except InvalidRequest as error:
+            reason = f"{error.message}; or name the columns to keep, `--metadata year=integer`"
+            raise InvalidRequest(reason, param=error.param) from None
     kept = wanted if all_there else pa.schema([field for field in wanted if field.name in schema.names])
     for field in kept:
         if schema.names.count(field.name) != 1:

@@ -119,7 +119,7 @@ def test_of_a_table_with_embeddings_those_are_kept_that_are_named(tmp_path: Path
     for name in ("a", "b.c"):  # the second could not be named in a filter
         table = table.append_column(name, pa.array(range(5)))
     path = write_table(tmp_path, "passages", table, "parquet", 5)
-    with pytest.raises(InvalidRequest, match="rename the column"):
+    with pytest.raises(InvalidRequest, match="rename the column; or name the columns to keep"):
         from_parquet(path)
     source = from_parquet(path, metadata=schema_of({"a": "integer"}))
     assert pa.Table.from_batches(source.clean_batches())["a"].to_pylist() == list(range(5))
