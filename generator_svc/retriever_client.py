@@ -23,6 +23,7 @@ from shared.errors import (
     UpstreamError,
     error_from_wire,
 )
+from shared.http_pool import PooledTransport
 from shared.logs import current_request_id
 from shared.retrieval import RetrieveQuery, RetrieveResult
 from shared.schemas import CollectionInfo
@@ -49,9 +50,11 @@ class RetrieverClient:
             headers={} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"},
             # Deadlines bound the rest: a timeout for each read would start anew with every byte.
             timeout=httpx.Timeout(None, connect=_CONNECT_S),
-            limits=httpx.Limits(
-                max_connections=settings.retriever_connections,
-                max_keepalive_connections=settings.retriever_connections,
+            transport=PooledTransport(
+                httpx.Limits(
+                    max_connections=settings.retriever_connections,
+                    max_keepalive_connections=settings.retriever_connections,
+                )
             ),
             trust_env=False,  # a neighbour: no proxy of the environment lies between
         )

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
+from urllib.request import getproxies
 
 import httpx
 import pyarrow as pa
@@ -20,6 +21,7 @@ from services.client.options import (
     SearchOptions,
 )
 from shared.errors import DeadlineExceeded, RagError
+from shared.http_pool import PooledTransport
 from shared.retrieval import RetrieveResult
 from shared.schemas import (
     AnswerResponse,
@@ -39,6 +41,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 60.0
 # A proxy of the environment (HTTP_PROXY) is honoured, but nothing on this machine is behind one.
 _NO_PROXY = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
+_LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20)  # httpx's own
 
 
 class _Client:
@@ -218,6 +221,8 @@ class AsyncRagClient(_Client):
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         super().__init__(url, retriever_url=retriever_url, api_key=api_key, timeout_s=timeout_s)
+        if transport is None and not getproxies().keys() - {"no"}:
+            transport = PooledTransport(_LIMITS)
         self._http = httpx.AsyncClient(transport=transport, mounts=None if transport else _NO_PROXY)
 
     async def answer(self, question: str | Sequence[str], **options: Unpack[AnswerOptions]) -> AnswerResponse:

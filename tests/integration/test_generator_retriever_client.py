@@ -1,10 +1,13 @@
 """The client of the retriever, against a real HTTP server that fails in chosen ways."""
 
 import asyncio
+import random
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 
+import httpx
 import numpy as np
 import pytest
 import structlog
@@ -12,6 +15,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from generator_svc.retriever_client import RetrieverClient
 from generator_svc.settings import GeneratorSettings
+from services.client import AsyncRagClient
 from shared.deadline import Deadline
 from shared.errors import (
     DeadlineExceeded,
@@ -120,12 +124,53 @@ async def test_a_kept_connection_that_the_retriever_closed_is_replaced(retriever
                 assert (await client.retrieve(QUERY, soon())).n_found == [3, 3]
 
 
-async def test_not_ready_is_tried_again(retriever: SmallRetriever, client: RetrieverClient) -> None:
+async def given_up_on(retrieve: Callable[[], Awaitable[object]], retriever: SmallRetriever) -> None:
+    """Many, of whom most do not wait for their documents."""
+    dice, gate = random.Random(1), asyncio.Semaphore(8)
+
+    async def slow(_query: RetrieveQuery) -> None:
+        await asyncio.sleep(dice.random() * 0.004)
+
+    async def one() -> bool:
+        async with gate:
+            try:
+                async with asyncio.timeout(dice.random() * dice.choice([0.01, 0.03, 0.1])):
+                    await retrieve()
+            except TimeoutError:
+                return False
+            return True
+
+    retriever.fault = slow
+    answered = await asyncio.gather(*(one() for _ in range(1200)))
+    assert min(answered.count(True), answered.count(False)) > 20
+    retriever.fault = None
+
+
+async def test_those_who_give_up_leave_their_connections_to_others(retriever: SmallRetriever, url: str) -> None:
+    async for client in open_client(url, retriever_connections=2):
+        await given_up_on(partial(client.retrieve, QUERY, soon(60)), retriever)
+        found = await asyncio.gather(*(client.retrieve(QUERY, soon()) for _ in range(20)))
+        assert [each.n_found for each in found] == [[3, 3]] * 20
+
+
+async def test_those_who_give_up_on_the_python_client_do(
+    retriever: SmallRetriever, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.client.clients._LIMITS", httpx.Limits(max_connections=2))
+    monkeypatch.setattr("services.client.clients.getproxies", lambda: {"no": "*"})
+    async with AsyncRagClient(retriever_url=url, timeout_s=5) as client:
+        await given_up_on(partial(client.retrieve, QUERY.vectors, n_docs=3), retriever)
+        found = await asyncio.gather(*(client.retrieve(QUERY.vectors, n_docs=3) for _ in range(20)))
+        assert [each.n_found for each in found] == [[3, 3]] * 20
+
+
+async def test_not_ready_is_tried_again(retriever: SmallRetriever, url: str) -> None:
     async def first_time(query: RetrieveQuery) -> Response | None:
         return error(Unavailable("loading")) if len(retriever.requests) < 3 else None
 
     retriever.fault = first_time
-    assert (await client.retrieve(QUERY, soon())).n_found == [3, 3]
+    async for client in open_client(url, retriever_retry_s=5):
+        assert (await client.retrieve(QUERY, soon())).n_found == [3, 3]
     assert len(retriever.requests) == 3
 
 
