@@ -1,16 +1,23 @@
 """What callers of the generator see while the retriever is killed, hangs, and comes back."""
 
+import asyncio
 import os
+import random
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import httpx
+import psutil
 import pytest
 
+from services.client import AsyncRagClient
 from shared.errors import DeadlineExceeded, RagError, Unavailable, UpstreamError
 from shared.schemas import AnswerResponse, OwnPassage
 from tests.e2e.running import Up, until
@@ -132,3 +139,51 @@ def test_requests_in_flight_are_answered_when_the_pair_is_stopped(own_up: Up) ->
     assert all(isinstance(got, AnswerResponse) for got in in_flight), in_flight
     # Those that came later were sent away, or found nobody.
     assert all(isinstance(error, Unavailable) for error in asked.errors), asked.errors
+
+
+def test_two_thousand_questions_of_whom_many_hang_up_leave_nothing_behind(
+    up: Up, data_dir: Path, tmp_path: Path, paris: str
+) -> None:
+    dice = random.Random(0)
+    options: list[dict[str, Any]] = [
+        {"max_new_tokens": 4},
+        {"num_beams": 4, "strategy": "sequence"},
+        {"do_sample": True, "provenance": "token"},
+        {"choices": [paris, "nobody"]},
+        {"timeout_ms": 40},
+    ]
+
+    async def one(client: AsyncRagClient, gate: asyncio.Semaphore, number: int) -> str:
+        async with gate:
+            try:
+                if number % 4:  # most hang up while their documents are retrieved
+                    async with asyncio.timeout(dice.uniform(0, 0.06)):
+                        await client.search(QUESTION)
+                else:
+                    async with asyncio.timeout(dice.choice([0.01, 0.05, 0.2, 60])):
+                        await client.answer(QUESTION, **dice.choice(options))
+            except TimeoutError:
+                return "hung up"
+            except DeadlineExceeded:
+                return "late"
+            return "answered"
+
+    async def all_of_them(url: str) -> list[str]:
+        async with AsyncRagClient(url) as client:
+            gate = asyncio.Semaphore(8)
+            found = await asyncio.gather(*(one(client, gate, number) for number in range(2000)))
+            answers = await asyncio.gather(*(client.answer(QUESTION) for _ in range(8)))
+        assert {answer.results[0].answers[0].text for answer in answers} == {paris}
+        return found
+
+    # so few connections to the retriever that one which was lost would be missed
+    own = Up.start(shutil.copytree(data_dir, tmp_path / "data"), GENERATOR_RETRIEVER_CONNECTIONS="2")
+    try:
+        process = psutil.Process(own.wait_until_ready().pid_of("generator"))
+        idle_fds = process.num_fds()
+        found = asyncio.run(all_of_them(own.url))
+        assert min(found.count("answered"), found.count("hung up")) > 100, found
+        until(lambda: "\ngenerator_running_questions 0.0" in httpx.get(f"{own.url}/metrics").text, 10, "nothing runs")
+        until(lambda: process.num_fds() <= idle_fds + 2, 10, "no more is open than before, but two connections")
+    finally:
+        own.stop()
