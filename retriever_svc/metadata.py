@@ -207,8 +207,8 @@ def _fits(value: object, kind: MetadataType) -> bool:
     return True
 
 
-def of_cell(text: str, kind: MetadataType) -> Any:
-    """What a cell of a text file says; an empty one is null.
+def of_cell(text: str | None, kind: MetadataType) -> Any:
+    """What a cell of a text file says; an empty one, or none, is null.
 
     Raises: TypeError, ValueError, OverflowError.
     """

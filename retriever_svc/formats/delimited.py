@@ -7,13 +7,12 @@ DPR's file may lack its header, its columns are then id, text, title (DPR's ``Cs
 import csv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from retriever_svc.formats.lines import LINE_LIMIT, read_lines
-from retriever_svc.formats.passages import INTEGER, Row, parse_id, refusal, shown
-from retriever_svc.metadata import EXPECTED, of_cell, types_of
+from retriever_svc.formats.passages import INTEGER, Row, metadata_of_row, parse_id, refusal
+from retriever_svc.metadata import of_cell, types_of
 from shared.schemas import MetadataType
 
 DPR_COLUMNS = ["id", "text", "title"]
@@ -75,19 +74,9 @@ def _row(path: Path, line: int, record: list[str], columns: list[str], types: di
         says = f"line {line} has {len(record)} columns, expected are {len(columns)}: {', '.join(columns)}"
         raise refusal(path, says, missing)
     passage_id = parse_id(path, f"line {line}", record[columns.index("id")]) if "id" in columns else None
-    kept = tuple(
-        _metadata(path, line, record[columns.index(name)] if name in columns else "", name, kind)
-        for name, kind in types.items()
-    )
+    row = dict(zip(columns, record, strict=True)) if types else {}
+    kept = metadata_of_row(path, f"line {line}", row, types, of_cell)
     return Row(passage_id, record[columns.index("title")], record[columns.index("text")], kept)
-
-
-def _metadata(path: Path, line: int, cell: str, name: str, kind: MetadataType) -> Any:
-    try:
-        return of_cell(cell, kind)
-    except (TypeError, ValueError, OverflowError):
-        says = f"`{name}` is {shown(cell)} in line {line}; expected is {EXPECTED[kind]}, or nothing"
-        raise refusal(path, says, name) from None
 
 
 def _records(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:

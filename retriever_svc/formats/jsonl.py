@@ -3,14 +3,12 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from retriever_svc.formats.lines import read_lines
-from retriever_svc.formats.passages import Row, parse_id, refusal, shown
-from retriever_svc.metadata import EXPECTED, stored, types_of
-from shared.schemas import MetadataType
+from retriever_svc.formats.passages import Row, metadata_of_row, parse_id, refusal
+from retriever_svc.metadata import stored, types_of
 
 
 def read_jsonl(path: Path, metadata: pa.Schema, all_there: bool) -> Iterator[tuple[str, Row]]:
@@ -32,18 +30,10 @@ def read_jsonl(path: Path, metadata: pa.Schema, all_there: bool) -> Iterator[tup
         title, text = (_string(path, number, value, key) for key in ("title", "text"))
         passage_id = parse_id(path, f"line {number}", value["id"]) if "id" in value else None
         unmet -= value.keys()
-        kept = tuple(_metadata(path, number, value.get(name), name, kind) for name, kind in types.items())
+        kept = metadata_of_row(path, f"line {number}", value, types, stored)
         yield f"line {number}", Row(passage_id, title, text, kept)
     if unmet:
         raise refusal(path, f"no line has the key `{min(unmet)}`", min(unmet))
-
-
-def _metadata(path: Path, number: int, value: object, name: str, kind: MetadataType) -> Any:
-    try:
-        return stored(value, kind)
-    except (TypeError, ValueError, OverflowError):
-        says = f"`{name}` is {shown(value)} in line {number}; expected is {EXPECTED[kind]} or null"
-        raise refusal(path, says, name) from None
 
 
 def _string(path: Path, number: int, row: dict[str, object], key: str) -> str:

@@ -4,7 +4,7 @@ Rows are counted from 0 as in :mod:`retriever_svc.source`; lines of text files f
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from retriever_svc.metadata import NO_METADATA
+from retriever_svc.metadata import EXPECTED, NO_METADATA
 from retriever_svc.source import BATCH_ROWS, first_repeated
 from shared.errors import InvalidRequest
 from shared.retrieval import Int64Array
+from shared.schemas import MetadataType
 
 PASSAGE_SCHEMA = pa.schema(
     [
@@ -119,6 +120,27 @@ def check_not_negative(path: Path, ids_B: Int64Array, first_row: int) -> None:
     if len(ids_B) and ids_B.min() < 0:
         row = int(np.argmax(ids_B < 0))
         raise refusal(path, f"`id` is {ids_B[row]} in row {first_row + row}; ids must not be negative", "id")
+
+
+def metadata_of_row(
+    path: Path,
+    where: str,
+    row: Mapping[str, Any],
+    types: Mapping[str, MetadataType],
+    read: Callable[[Any, MetadataType], Any],
+) -> tuple[Any, ...]:
+    """What ``read`` makes of a text file's values for each column of ``types``; null where there is none.
+
+    Raises: InvalidRequest: names where the row stands, and the column whose value is of another type.
+    """
+    kept = []
+    for name, kind in types.items():
+        try:
+            kept.append(read(row.get(name), kind))
+        except (TypeError, ValueError, OverflowError):
+            says = f"`{name}` is {shown(row[name])} in {where}; expected is {EXPECTED[kind]}, or nothing"
+            raise refusal(path, says, name) from None
+    return tuple(kept)
 
 
 class RowBatches:

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from retriever_svc.formats.passages import PASSAGE_SCHEMA, with_metadata
 from retriever_svc.metadata import NO_METADATA, clean_column
 from retriever_svc.source import files_identity, first_repeated, parquet_file
 from services.indexing.plan import Plan
-from services.indexing.shards import PASSAGE_SCHEMA, passage_schema
 from shared.errors import InvalidRequest
 
 BATCH_ROWS = 4096
@@ -28,7 +28,7 @@ class Corpus:
     metadata: pa.Schema = NO_METADATA
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The passages with the columns and types of :func:`~services.indexing.shards.passage_schema`.
+        """The passages with the columns and types of :func:`~retriever_svc.formats.passages.with_metadata`.
 
         Raises:
             InvalidRequest: names the column at fault and the row.
@@ -38,7 +38,7 @@ class Corpus:
             columns = [_column(batch, field, row) for field in PASSAGE_SCHEMA]
             columns += [clean_column(batch.column(one.name), one.type, one.name) for one in self.metadata]
             row += len(batch)
-            yield pa.record_batch(columns, schema=passage_schema(self.metadata))
+            yield pa.record_batch(columns, schema=with_metadata(self.metadata))
 
     def check(self) -> int:
         """Read everything once, so that a fault in the last row shows now and not after hours of embedding.

@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from retriever_svc.formats.passages import with_metadata
 from retriever_svc.generation import flush
 from retriever_svc.metadata import schema_of
 from services.indexing.plan import PARTIAL, Plan
 
-PASSAGE_SCHEMA = pa.schema([("id", pa.int64()), ("title", pa.string()), ("text", pa.string())])
 _PLAN_KEY = b"plan"
 _EMBEDDING_TYPES = {"float16": pa.float16(), "float32": pa.float32()}
 
@@ -20,14 +20,9 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05}.arrow"
 
 
-def passage_schema(metadata: pa.Schema) -> pa.Schema:
-    """Of passages on their way to the encoder."""
-    return pa.schema([*PASSAGE_SCHEMA, *metadata])
-
-
 def shard_schema(plan: Plan) -> pa.Schema:
     embedding = pa.field("embedding", pa.list_(_EMBEDDING_TYPES[plan.dtype], plan.encoder.dimension))
-    return passage_schema(schema_of(plan.metadata)).append(embedding).with_metadata({_PLAN_KEY: plan.digest})
+    return with_metadata(schema_of(plan.metadata)).append(embedding).with_metadata({_PLAN_KEY: plan.digest})
 
 
 def write_shard(

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pyarrow as pa
 
+from retriever_svc.formats.passages import with_metadata
 from retriever_svc.metadata import schema_of
 from services.indexing.options import EncoderOptions, EncoderRecipe
 from services.indexing.plan import Plan
-from services.indexing.shards import passage_schema, write_shard
+from services.indexing.shards import write_shard
 from shared.errors import InferenceError, RagError
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def work(pipe: Connection, options: EncoderOptions, number: int, count: int, fol
         encoder = _load_encoder(options, number, count)
         pipe.send(encoder.recipe)
         plan: Plan = pipe.recv()
-        schema = passage_schema(schema_of(plan.metadata))
+        schema = with_metadata(schema_of(plan.metadata))
         while True:
             shard, data = pipe.recv()
             passages = pa.ipc.read_record_batch(pa.py_buffer(data), schema)

@@ -157,7 +157,7 @@ JSON = b'{"title": "A", "text": "a", "year": 1}\n'
             b'{"title": "A", "text": "a", "s": NaN}\n',
             {"s": "float"},
             "s",
-            "expected is a finite number or null",
+            "expected is a finite number, or nothing",
         ),
         ("a.jsonl", JSON, {"yeer": "integer"}, "yeer", "no line has the key `yeer`"),
     ],
