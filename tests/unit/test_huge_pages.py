@@ -35,9 +35,9 @@ def test_pages_that_arrays_fill_by_half_are_covered(arrays: list[tuple[int, int]
     assert all(a[1] < b[0] for a, b in itertools.pairwise(stretches)), "two that touch are one"
 
 
-@pytest.mark.parametrize("factory", ["Flat", "HNSW8,SQ8", "IVF16,Flat", "PCA32,SQfp16"])
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8,SQ8", "IVF4,Flat", "PCA32,SQfp16"])
 def test_a_search_finds_the_same_on_huge_pages(factory: str) -> None:
-    vectors = random_embeddings(40_000, 64)  # so that each array is larger than a huge page
+    vectors = random_embeddings(80_000, 64)  # an array of two huge pages contains one, wherever it begins
     index = faiss.index_factory(64, factory, faiss.METRIC_INNER_PRODUCT)
     index.train(vectors)
     index.add(vectors)
