@@ -12,8 +12,9 @@ from shared.schemas import AnswerRequest, Asked, ScoreRequest, SearchRequest, St
 
 _OF_SEARCH = frozenset(
     {
-        "decoding", "deduplicate", "do_sample", "length_penalty", "max_new_tokens", "min_new_tokens",
-        "no_repeat_ngram_size", "num_beams", "num_return_sequences", "seed", "temperature", "top_k", "top_p",
+        "decoding", "deduplicate", "do_sample", "early_stopping", "length_penalty", "max_new_tokens", "min_new_tokens",
+        "no_repeat_ngram_size", "num_beams", "num_return_sequences", "repetition_penalty", "seed", "temperature",
+        "top_k", "top_p",
     }
 )  # fmt: skip
 
@@ -64,8 +65,9 @@ def generation_options(
     if "max_new_tokens" in request.model_fields_set:
         _at_most("max_new_tokens", max_new_tokens, limit)
     _at_most("min_new_tokens", request.min_new_tokens, limit)
-    if request.length_penalty != 1.0 and request.num_beams == 1:
-        raise InvalidRequest("length_penalty has an effect only with num_beams above 1", param="length_penalty")
+    for name, neutral in (("length_penalty", {1.0}), ("early_stopping", {None, False})):
+        if request.num_beams == 1 and getattr(request, name) not in neutral:
+            raise InvalidRequest(f"{name} has an effect only with num_beams above 1", param=name)
     if not request.deduplicate and strategy != "sequence":
         raise InvalidRequest("deduplicate has an effect only with strategy 'sequence'", param="deduplicate")
     if request.decoding == "fast" and strategy != "sequence":
@@ -77,9 +79,10 @@ def generation_options(
         "deduplicate": request.deduplicate,
         "seed": request.seed,
     }
-    searched = ("num_beams", "num_return_sequences", "min_new_tokens", "length_penalty", "no_repeat_ngram_size")
+    searched = ("do_sample", "num_beams", "num_return_sequences", "min_new_tokens", "length_penalty", "early_stopping")
+    ruled = ("repetition_penalty", "no_repeat_ngram_size")
     drawn = ("temperature", "top_k", "top_p") if request.do_sample else ()
-    for name in ("do_sample", *searched, *drawn):
+    for name in (*searched, *ruled, *drawn):
         options[name] = getattr(request, name)
     return options
 

@@ -36,6 +36,8 @@ Milliseconds = Annotated[int, Field(ge=1, le=600_000), BeforeValidator(_whole)]
 Question = Annotated[str, StringConstraints(min_length=1, max_length=8192, pattern=r"\S")]
 CollectionName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Strategy = Literal["token", "sequence"]
+EarlyStopping = bool | Literal["never"]
+RepetitionPenalty = Annotated[float, Field(gt=0, le=100)]
 # The first bad number ends the check: a body of millions of them must not become a list of millions of errors.
 Row = Annotated[list[float], Field(fail_fast=True)]
 Rows = Annotated[list[Row], Field(fail_fast=True)]
@@ -332,6 +334,14 @@ class AnswerRequest(Retrieving):
     max_new_tokens: Positive = 64
     min_new_tokens: NonNegative = 0
     length_penalty: float = Field(default=1.0, ge=-10, le=10)
+    early_stopping: EarlyStopping | None = Field(
+        default=None,
+        description="With beams: a search ends once it has `num_beams` answers (`true`), once no better one is likely "
+        "(`false`), or once none can come (`never`).",
+    )
+    repetition_penalty: RepetitionPenalty | None = Field(
+        default=None, description="Above 1, tokens that the answer has are less probable to come again; below, more."
+    )
     no_repeat_ngram_size: NonNegative = 0
     do_sample: bool = False
     temperature: float = Field(default=1.0, gt=0, le=100)

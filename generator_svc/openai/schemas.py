@@ -11,12 +11,14 @@ from shared.schemas import (
     AnswerToken,
     CollectionName,
     Document,
+    EarlyStopping,
     Filter,
     IndexInfo,
     NonNegative,
     OwnPassage,
     Positive,
     Question,
+    RepetitionPenalty,
     Request,
     SearchParams,
     Sent,
@@ -27,7 +29,7 @@ from shared.validation import disagreement
 
 _NO_TOOLS = "answers are made from passages, nothing is called"
 _TEXT_ONLY = "text is read and written, nothing else"
-_NO_PENALTIES = "the engine knows no such rule; `rag.no_repeat_ngram_size` and `rag.length_penalty` are honoured"
+_NO_PENALTIES = "the engine knows no such rule; `rag.repetition_penalty` and `rag.no_repeat_ngram_size` are honoured"
 _NOTHING_KEPT = "nothing is kept of a request"
 _NO_CACHE = "there is no prompt cache"
 _NO_REASONING = "the model writes the answer and nothing before it"
@@ -83,6 +85,8 @@ class RagOptions(Request):
     num_beams: Positive | None = Field(default=None, description="Default: `n`.")
     min_new_tokens: NonNegative = 0
     length_penalty: float = Field(default=1.0, ge=-10, le=10)
+    early_stopping: EarlyStopping | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     no_repeat_ngram_size: NonNegative = 0
     top_k: NonNegative = 0
     deduplicate: bool = True

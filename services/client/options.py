@@ -31,6 +31,8 @@ class AnswerOptions(ScoreOptions, total=False):
     max_new_tokens: int
     min_new_tokens: int
     length_penalty: float
+    early_stopping: bool | Literal["never"] | None
+    repetition_penalty: float | None
     no_repeat_ngram_size: int
     do_sample: bool
     temperature: float

@@ -110,7 +110,19 @@ async def test_document_scores_are_the_inner_products(http: httpx.AsyncClient, r
         assert [document["prior"] for document in documents] == pytest.approx(list(priors), rel=1e-4)
 
 
-async def test_the_text_is_what_transformers_generates(checkpoint: Path, alone: httpx.AsyncClient) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repetition_penalty": 1.7},
+        {"early_stopping": True, "length_penalty": 2.0},
+        {"early_stopping": "never", "no_repeat_ngram_size": 2, "min_new_tokens": 4},
+    ],
+    ids=str,
+)
+async def test_the_text_is_what_transformers_generates(
+    checkpoint: Path, alone: httpx.AsyncClient, options: dict[str, Any]
+) -> None:
     tokenizer = RagTokenizer.from_pretrained(checkpoint)
     question = question_form(QUESTION, tokenizer.question_encoder)
     texts = [f"{p['title']} / {p['text']} // {question}" for p in PASSAGES]
@@ -125,10 +137,11 @@ async def test_the_text_is_what_transformers_generates(checkpoint: Path, alone: 
             n_docs=2,
             num_beams=3,
             max_length=9,
+            **options,
         )
     )
     expected = tokenizer.batch_decode(generated, skip_special_tokens=True)[0].strip()
-    body = (await alone.post("/v1/answer", json=ask(num_beams=3))).json()
+    body = (await alone.post("/v1/answer", json=ask(num_beams=3, **options))).json()
     assert body["results"][0]["answers"][0]["text"] == expected
     assert body["index"] is None
     assert [d["id"] for d in body["results"][0]["documents"]] == [7, None]
@@ -287,6 +300,11 @@ async def test_vectors_come_in_three_forms(alone: httpx.AsyncClient, checkpoint:
         ("/v1/answer", ask(num_beams=2, num_return_sequences=3), 422, "num_return_sequences"),
         ("/v1/answer", ask(temperature=2.0), 422, "temperature"),
         ("/v1/answer", ask(length_penalty=2.0), 422, "length_penalty"),
+        ("/v1/answer", ask(early_stopping="never"), 422, "early_stopping"),
+        ("/v1/answer", ask(early_stopping=False), 200, None),
+        ("/v1/answer", ask(early_stopping="always", num_beams=2), 422, "early_stopping"),
+        ("/v1/answer", ask(early_stopping=0, num_beams=2), 422, "early_stopping"),
+        ("/v1/answer", ask(repetition_penalty=0), 422, "repetition_penalty"),
         ("/v1/answer", ask(deduplicate=False), 422, "deduplicate"),
         ("/v1/answer", ask(n_docs=3), 422, "n_docs"),
         ("/v1/answer", ask(collection="other"), 422, "collection"),

@@ -101,6 +101,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"strategy": "token", "do_sample": True, "num_return_sequences": 3, "seed": 11, "top_p": 0.9},
     {"strategy": "sequence", "num_beams": 3, "deduplicate": False},
     {"strategy": "sequence", "decoding": "fast", "num_beams": 2, "min_new_tokens": 5},
+    {"strategy": "token", "num_beams": 3, "early_stopping": "never", "repetition_penalty": 1.5},
     {"strategy": "token", "no_repeat_ngram_size": 1, "max_new_tokens": 30, "passages": PASSAGES * 3},
 ]
 

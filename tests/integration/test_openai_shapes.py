@@ -134,6 +134,7 @@ def test_every_option_of_an_answer_can_be_given() -> None:
 
 def test_options_mean_the_same_as_in_an_answer() -> None:
     rag = {"strategy": "sequence", "n_docs": 3, "num_beams": 4, "length_penalty": 0.5, "min_probability": 0.1}
+    rag |= {"early_stopping": "never", "repetition_penalty": 1.2}
     rag |= {"no_repeat_ngram_size": 2, "min_new_tokens": 2, "deduplicate": False, "decoding": "fast"}
     asked = {"model": "m", "messages": [{"role": "user", "content": "Who?"}], "n": 2, "max_tokens": 9, "rag": rag}
     question = read_chat(ChatRequest.model_validate(asked)).question
