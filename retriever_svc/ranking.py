@@ -260,7 +260,7 @@ def _contenders(
     """
     embeddings_KD = segment.index.embeddings(rows_K)
     if len(rows_K) > n_docs:
-        rough_K = np.einsum("kd,d->k", embeddings_KD, query_D).astype(np.float64)
+        rough_K = np.vecdot(embeddings_KD, query_D).astype(np.float64)
         # The float64 sum that is a score errs too, by a millionth of a millionth of this.
         error = 1.001 * search_error(query_D, segment.max_norm)
         lowest = np.float32(np.partition(rough_K, -n_docs)[-n_docs] - error)

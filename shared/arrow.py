@@ -23,6 +23,8 @@ from shared.retrieval import Float32Array
 # Slots of the flatbuffer tables in Message.fbs.
 _MESSAGE_HEADER, _RECORD_BATCH_COMPRESSION = 2, 3
 
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
 _JSON = json.JSONEncoder(allow_nan=False)
 
 
@@ -30,10 +32,8 @@ def write_stream(columns: Mapping[str, pa.Array], metadata: Mapping[str, Any]) -
     """One record batch; each metadata value as JSON under its key in the schema."""
     encoded = {key: _JSON.encode(value) for key, value in metadata.items()}
     batch = pa.RecordBatch.from_arrays([*columns.values()], [*columns], metadata=encoded)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+    # The bytes that pa.ipc.new_stream writes, in less than its time.
+    return b"".join((batch.schema.serialize(), batch.serialize(), _END_OF_STREAM))
 
 
 def read_stream(body: bytes) -> pa.Table:
@@ -43,6 +43,7 @@ def read_stream(body: bytes) -> pa.Table:
     """
     try:
         _refuse_inflation(body)
+        # Read again, and whole: Arrow trusts a single message, and one that is damaged would end the process.
         with pa.ipc.open_stream(pa.py_buffer(body)) as reader:
             table = reader.read_all()
         table.validate(full=True)

@@ -14,6 +14,9 @@ import numpy.typing as npt
 from shared.errors import StartupError
 from shared.retrieval import Float32Array, Int64Array
 
+_SIGN_AND_HALF = np.array(0x8FFFE000, np.uint32).view(np.int32)
+_EXPONENTS_APART = np.float32(2.0 ** (127 - 15))
+
 
 class VectorSource(Protocol):
     """(N, D) embeddings that an index is built from, without holding all of them."""
@@ -45,7 +48,7 @@ class VectorsFile:
         for first in range(start, self._count, rows):
             wanted = min(rows, self._count - first) * self.dimension
             flat = np.fromfile(self._path, self._dtype, wanted, offset=first * self._row_bytes)
-            yield flat.astype(np.float32, copy=False).reshape(-1, self.dimension)
+            yield widened(flat).reshape(-1, self.dimension)
 
     def take(self, rows_K: Int64Array) -> Float32Array:
         """(K, D) Chosen rows."""
@@ -81,7 +84,19 @@ class MappedVectors:
 
     def __getitem__(self, rows: Int64Array | slice) -> Float32Array:
         """(K, D) float32, a copy."""
-        if isinstance(rows, slice):
-            return self._rows_ND[rows].astype(np.float32)
-        found: Float32Array = self._rows_ND.take(rows, axis=0).astype(np.float32, copy=False)
-        return found
+        return widened(self._rows_ND[rows].copy() if isinstance(rows, slice) else self._rows_ND.take(rows, axis=0))
+
+
+def widened(numbers: npt.NDArray[np.floating]) -> Float32Array:
+    """Finite float16 numbers as the float32 that they are; float32 as it is.
+
+    numpy takes halves one by one. Here sign, exponent and fraction go to where float32 has them, many at once; then the
+    exponent, which counts from -15 there and from -127 here, is mended by a product that is exact, for subnormals too.
+    """
+    if numbers.dtype != np.float16:
+        return numbers.astype(np.float32, copy=False)
+    bits: npt.NDArray[np.int32] = numbers.view(np.int16).astype(np.int32)
+    np.left_shift(bits, 13, out=bits)
+    np.bitwise_and(bits, _SIGN_AND_HALF, out=bits)  # the shift left copies of the sign behind
+    found = bits.view(np.float32)
+    return np.multiply(found, _EXPONENTS_APART, out=found)
