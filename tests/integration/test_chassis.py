@@ -307,7 +307,7 @@ async def test_keys_are_not_logged(client_for: ClientFor) -> None:
 
 
 async def test_draining_refuses_new_requests_and_turns_readiness_red(app: FastAPI, http: httpx.AsyncClient) -> None:
-    running = asyncio.create_task(http.post("/v1/sleep", json={"seconds": 0.2}))
+    running = asyncio.create_task(http.post("/v1/sleep", json={"seconds": 1}))
     await asyncio.sleep(0.05)
     app.state.drain.begin()
     refused = await http.get("/v1/items/1")
