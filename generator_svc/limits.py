@@ -6,15 +6,16 @@ An option is honoured or refused, never ignored: one that would have no effect w
 from typing import Any
 
 from generator_svc.checkpoint import Checkpoint
+from generator_svc.engine.options import OF_BEAMS
 from generator_svc.settings import DEFAULT_COLLECTION, GeneratorSettings
 from shared.errors import InvalidRequest
 from shared.schemas import AnswerRequest, Asked, ScoreRequest, SearchRequest, Strategy
 
+_PENALTIES = ("repetition_penalty", "no_repeat_ngram_size")
 _OF_SEARCH = frozenset(
     {
-        "decoding", "deduplicate", "do_sample", "early_stopping", "length_penalty", "max_new_tokens", "min_new_tokens",
-        "no_repeat_ngram_size", "num_beams", "num_return_sequences", "repetition_penalty", "seed", "temperature",
-        "top_k", "top_p",
+        "decoding", "deduplicate", "do_sample", "max_new_tokens", "min_new_tokens", "num_beams", "num_return_sequences",
+        "seed", "temperature", "top_k", "top_p", *OF_BEAMS, *_PENALTIES,
     }
 )  # fmt: skip
 
@@ -65,8 +66,8 @@ def generation_options(
     if "max_new_tokens" in request.model_fields_set:
         _at_most("max_new_tokens", max_new_tokens, limit)
     _at_most("min_new_tokens", request.min_new_tokens, limit)
-    for name, neutral in (("length_penalty", {1.0}), ("early_stopping", {None, False})):
-        if request.num_beams == 1 and getattr(request, name) not in neutral:
+    for name, neutral in OF_BEAMS.items():
+        if request.num_beams == 1 and getattr(request, name) not in (None, neutral):
             raise InvalidRequest(f"{name} has an effect only with num_beams above 1", param=name)
     if not request.deduplicate and strategy != "sequence":
         raise InvalidRequest("deduplicate has an effect only with strategy 'sequence'", param="deduplicate")
@@ -79,10 +80,9 @@ def generation_options(
         "deduplicate": request.deduplicate,
         "seed": request.seed,
     }
-    searched = ("do_sample", "num_beams", "num_return_sequences", "min_new_tokens", "length_penalty", "early_stopping")
-    ruled = ("repetition_penalty", "no_repeat_ngram_size")
+    as_given = ("do_sample", "num_beams", "num_return_sequences", "min_new_tokens", *OF_BEAMS, *_PENALTIES)
     drawn = ("temperature", "top_k", "top_p") if request.do_sample else ()
-    for name in (*searched, *ruled, *drawn):
+    for name in (*as_given, *drawn):
         options[name] = getattr(request, name)
     return options
 

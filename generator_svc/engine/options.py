@@ -12,7 +12,8 @@ from shared.schemas import Strategy
 _OF_SAMPLING = frozenset(
     {"temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 )
-_OF_BEAMS = {"early_stopping": False, "length_penalty": 1.0}  # with the value that means nothing
+OF_BEAMS: dict[str, Any] = {"early_stopping": False, "length_penalty": 1.0}
+"""Options without effect in a search that is not by beams, with the value that means nothing there."""
 
 HONOURED = frozenset(
     {
@@ -125,8 +126,8 @@ def generation_config(defaults: GenerationConfig, strategy: Strategy, **options:
     for name in sorted(given.keys() & _OF_SAMPLING):
         if not config.do_sample:
             raise InvalidRequest(f"{name} has an effect only with do_sample", param=name)
-    for name in sorted(given.keys() & _OF_BEAMS.keys()):
-        if config.num_beams == 1 and given[name] != _OF_BEAMS[name]:
+    for name in sorted(given.keys() & OF_BEAMS.keys()):
+        if config.num_beams == 1 and given[name] != OF_BEAMS[name]:
             raise InvalidRequest(f"{name} has an effect only with num_beams above 1", param=name)
     # Sequences and nothing else: probabilities come from engine.likelihood, as the model gives them.
     config.return_dict_in_generate = False
